@@ -1,0 +1,1 @@
+"""tenfold: sparse (Mixture-of-Experts) language models, with an honest meter."""

@@ -1,0 +1,46 @@
+"""Models as Hugging Face directories: config.json, safetensors, tokenizer.json.
+
+`load_model` and `save_model` need torch, so they are imported when first asked for; the families
+and `load_config` stay usable without it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenfold.checkpoint.families import Family, family_of
+from tenfold.config import ModelConfig
+from tenfold.errors import TenfoldError
+from tenfold.files import read_json
+
+if TYPE_CHECKING:
+    from tenfold.checkpoint.store import load_model, save_model
+
+__all__ = ["load_config", "load_model", "read_config", "read_object", "save_model"]
+
+
+def load_config(directory: str | Path) -> ModelConfig:
+    """The config of a model directory. Raises TenfoldError for anything but a known, valid one."""
+    return read_config(Path(directory) / "config.json")[1]
+
+
+def read_config(path: Path) -> tuple[Family, ModelConfig]:
+    """A config.json, with the family it was written as."""
+    raw = read_object(path)
+    family = family_of(raw, str(path))
+    return family, family.from_hf(raw, str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a TenfoldError that names the file."""
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise TenfoldError(f"{path}: expected a JSON object, not {type(raw).__name__}")
+    return raw
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load_model", "save_model"):
+        from tenfold.checkpoint import store
+
+        return getattr(store, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,60 @@
+"""Hugging Face model families: which one a config is saved as, and how its files are read.
+
+A new family is one small file here and one entry in FAMILIES. Nothing here needs torch.
+"""
+
+from typing import Any
+
+from tenfold.checkpoint.families.common import Family
+from tenfold.checkpoint.families.glm4_moe import GLM4_MOE
+from tenfold.checkpoint.families.native import NATIVE
+from tenfold.checkpoint.families.olmoe import OLMOE
+from tenfold.checkpoint.families.qwen3 import QWEN3
+from tenfold.checkpoint.families.qwen3_moe import QWEN3_MOE
+from tenfold.config import ModelConfig
+from tenfold.errors import TenfoldError, nearest
+
+__all__ = ["FAMILIES", "NATIVE", "Family", "family_for", "family_of", "why_native"]
+
+FAMILIES = (QWEN3, QWEN3_MOE, OLMOE, GLM4_MOE, NATIVE)
+"""In order of preference for a config that names none; the last takes everything."""
+
+_BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
+
+
+def family_for(config: ModelConfig) -> Family:
+    """The family `config.model_type` names if it can hold the config, else the first that can."""
+    if config.model_type is not None:
+        if config.model_type not in _BY_MODEL_TYPE:
+            raise TenfoldError(_unknown("model_type", config.model_type))
+        if _BY_MODEL_TYPE[config.model_type].fits(config):
+            return _BY_MODEL_TYPE[config.model_type]
+    return next(family for family in FAMILIES if family.fits(config))
+
+
+def family_of(raw: dict[str, Any], source: str) -> Family:
+    """The family of a config.json, by `architectures`, or by `model_type` where that is absent."""
+    architectures = raw.get("architectures")
+    for family in FAMILIES:
+        if [family.architecture] == architectures:
+            return family
+        if not architectures and family.model_type == raw.get("model_type"):
+            return family
+    field = "architectures" if architectures else "model_type"
+    raise TenfoldError(f"{source}: {_unknown(field, raw.get(field))}")
+
+
+def why_native(config: ModelConfig) -> str:
+    """The field that keeps every published family from holding this config, with its value."""
+    for name, info in ModelConfig.model_fields.items():
+        if name == "num_experts":
+            continue  # every dense model of the usual shape has a family: that would be no reason
+        usual = config.model_copy(update={name: info.default})
+        if any(family.fits(usual) for family in FAMILIES if family is not NATIVE):
+            return f"{name} {getattr(config, name)}"
+    return "this combination of options"
+
+
+def _unknown(field: str, given: object) -> str:
+    known = [getattr(f, "architecture" if field == "architectures" else field) for f in FAMILIES]
+    return f"unknown {field} {given}{nearest(str(given), known)}; known: {', '.join(known)}"

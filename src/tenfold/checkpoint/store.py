@@ -1,0 +1,151 @@
+"""Loading and saving whole models. Each tensor is filled exactly once; a save is all or nothing."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tenfold.checkpoint import read_config, safetensors
+from tenfold.checkpoint.families import Family, family_for
+from tenfold.config import ModelConfig
+from tenfold.errors import TenfoldError
+from tenfold.files import new_folder, write_json
+from tenfold.model.transformer import Transformer
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Transformer:
+    """The model in a directory, in eval mode. Router biases stay float32 whatever `dtype` is.
+
+    Raises TenfoldError naming the file and tensor for anything missing, left over or misshapen.
+    """
+    directory = Path(path)
+    family, config = read_config(directory / "config.json")
+    files = safetensors.list_tensors(directory)
+    _check_names(family, config, files)
+    model = _empty(config, dtype, device)
+    _fill(model, family, files)
+    return model.eval()
+
+
+def _check_names(family: Family, config: ModelConfig, files: dict[str, Path]) -> None:
+    wanted = family.tensor_map(config)
+    for name in wanted:
+        if name not in files:
+            raise TenfoldError(
+                f"{next(iter(files.values())).parent}: tensor {name} is missing,"
+                f" which config.json ({family.architecture}) calls for"
+            )
+    for name, path in files.items():
+        if name not in wanted and not family.is_redundant(config, name):
+            raise TenfoldError(
+                f"{path}: tensor {name} has no place in the {family.architecture} of config.json"
+            )
+
+
+def _empty(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Transformer:
+    """Allocated and not filled: the meta device spares the time of a random initialization."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:  # to_empty allocates a shared parameter twice
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def _fill(model: Transformer, family: Family, files: dict[str, Path]) -> None:
+    wanted = family.tensor_map(model.config)
+    ours = _own_tensors(model)
+    filled: Counter[str] = Counter()
+    for name, tensor in safetensors.read_tensors({n: f for n, f in files.items() if n in wanted}):
+        our_name, index = wanted[name]
+        target = ours[our_name][index]
+        _check_tensor(f"{files[name]}: tensor {name}", tensor, target)
+        target.copy_(tensor)
+        filled[our_name] += target.numel()
+    for our_name, whole in ours.items():
+        if filled[our_name] != whole.numel():
+            raise TenfoldError(f"{family.architecture} does not fill {our_name} exactly once")
+
+
+def _check_tensor(what: str, tensor: Tensor, target: Tensor) -> None:
+    if tensor.shape != target.shape:
+        raise TenfoldError(
+            f"{what} has shape {tuple(tensor.shape)}, not {tuple(target.shape)} as in config.json"
+        )
+    if tensor.dtype not in safetensors.DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in safetensors.DTYPES)
+        raise TenfoldError(f"{what} is {str(tensor.dtype).removeprefix('torch.')}, not {known}")
+
+
+def _own_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Parameters and buffers by name, a tied head left out."""
+    tensors: dict[str, Tensor] = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def save_model(
+    model: Transformer,
+    directory: str | Path,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
+) -> Family:
+    """Write a Hugging Face directory, whole or not at all, and return the family it was saved as.
+
+    Parameters are written as `dtype` (by default as they are), router biases always as float32.
+    Raises TenfoldError if the directory is there and not empty, or cannot be written.
+    """
+    directory = Path(directory)
+    family = family_for(model.config)
+    dtype = dtype or model.embed_tokens.weight.dtype
+    if dtype not in safetensors.DTYPES:
+        raise TenfoldError(
+            f"cannot save as {dtype}, only {', '.join(map(str, safetensors.DTYPES))}"
+        )
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise TenfoldError(f"{directory} is there already and is not an empty directory")
+    with new_folder(directory) as partial:
+        raw = {**family.to_hf(model.config), "dtype": str(dtype).removeprefix("torch.")}
+        write_json(partial / "config.json", raw)
+        if tokenizer is not None:
+            _write_tokenizer(partial, tokenizer, model.config)
+        safetensors.write_tensors(partial, _entries(model, family, dtype), max_shard_bytes)
+    return family
+
+
+def _entries(model: Transformer, family: Family, dtype: torch.dtype) -> Iterator[safetensors.Entry]:
+    ours = _own_tensors(model)
+    buffers = dict(model.named_buffers())
+    for name, (our_name, index) in family.tensor_map(model.config).items():
+        saved_as = torch.float32 if our_name in buffers else dtype
+        yield safetensors.Entry(name, ours[our_name][index], saved_as)
+
+
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Files from which transformers.AutoTokenizer makes the same tokenizer."""
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise TenfoldError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, more than the model's"
+            f" vocab_size {config.vocab_size}"
+        )
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    if config.eos_token_id is not None:
+        eos = tokenizer.id_to_token(config.eos_token_id)
+        if eos is None:
+            raise TenfoldError(f"the tokenizer has no token of eos_token_id {config.eos_token_id}")
+        settings["eos_token"] = eos
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", settings)

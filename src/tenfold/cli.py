@@ -1,0 +1,211 @@
+"""The command line: one verb is one function that parses and calls one module."""
+
+import json as json_
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+from pydantic import ValidationError
+
+from tenfold.config import first_problem
+from tenfold.errors import TenfoldError
+
+# Settings are classes whose annotations the parser reads: importing them must stay cheap.
+from tenfold.sampling import SamplingParams
+from tenfold.train.settings import TrainSettings
+
+app = App(
+    name="tenfold",
+    help="Sparse (Mixture-of-Experts) language models, from training to running, with an honest meter.",
+    version_flags=[],
+)
+
+Flat = Parameter(name="*")
+Json = Annotated[bool, Parameter(negative="", help="print one JSON object instead of a table")]
+Resume = Annotated[bool, Parameter(negative="", help="go on with the run that is in --out")]
+
+
+@app.command
+def demo(
+    *, out: Path = Path("tenfold-demo"), data: list[str] | None = None, resume: Resume = False, json: Json = False
+) -> None:
+    """Train a sparse model and its two dense twins in minutes, offline, and report what it bought.
+
+    Parameters
+    ----------
+    out
+        folder for the models, report.html and report.json
+    data
+        your own text (files or folders) instead of the Python standard library's source
+    """
+    from tenfold.demo import demo as run
+
+    _print_report(run(out, data or ["stdlib"], resume), out, json)
+
+
+@app.command
+def train(
+    *,
+    out: Path,
+    settings: Annotated[TrainSettings, Flat] = TrainSettings(),  # noqa: B008
+    resume: Resume = False,
+    json: Json = False,
+) -> None:
+    """Train one model, and save it as a Hugging Face directory.
+
+    Parameters
+    ----------
+    out
+        folder of the run
+    """
+    from tenfold.train import train as run
+
+    result = run(settings, out, resume)
+    _print_table(result, "trained", json)
+
+
+@app.command
+def compare(
+    *,
+    out: Path,
+    settings: Annotated[TrainSettings, Flat] = TrainSettings(),  # noqa: B008
+    sparse: Path | None = None,
+    dense_active: Path | None = None,
+    dense_total: Path | None = None,
+    resume: Resume = False,
+    json: Json = False,
+) -> None:
+    """Train, or take trained, a sparse model and its two dense twins; report on three axes.
+
+    Parameters
+    ----------
+    out
+        folder for what is trained here, report.html and report.json
+    sparse
+        folder of a finished sparse run to take
+    dense_active
+        folder of a finished run of its equal-active twin
+    dense_total
+        folder of a finished run of its equal-total twin
+    """
+    from tenfold.compare import compare as run
+
+    folders = {"sparse": sparse, "dense_active": dense_active, "dense_total": dense_total}
+    taken = {name: folder for name, folder in folders.items() if folder is not None}
+    _print_report(run(settings, out, resume, taken), out, json)
+
+
+@app.command
+def generate(
+    model: Path,
+    /,
+    *,
+    prompt: str = "",
+    params: Annotated[SamplingParams, Flat] = SamplingParams(),  # noqa: B008
+    json: Json = False,
+) -> None:
+    """Write text with a model directory.
+
+    Parameters
+    ----------
+    model
+        directory of a saved model
+    prompt
+        text to go on from
+    """
+    from tenfold.engine.llm import load_generation
+
+    generation = load_generation(model, prompt, params)
+    if json:
+        generation.finish()
+        print(json_.dumps(generation.summary(), ensure_ascii=False))
+        return
+    for piece in generation:
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command
+def inspect(model: str, /, *, context: int = 4096, json: Json = False) -> None:
+    """Count a model's parameters, FLOPs and bytes from its config.
+
+    Parameters
+    ----------
+    model
+        a preset, or the directory of a model
+    context
+        positions a token attends to, for the FLOPs
+    """
+    from tenfold.inspection import describe, find_config
+
+    _print_table(describe(find_config(model), context), model, json)
+
+
+def _print_report(report: dict[str, Any], out: Path, json: bool) -> None:
+    if json:
+        print(json_.dumps(report))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for axis, sentence in report["verdicts"].items():
+        console.print(f"[bold]{axis}[/bold]: {sentence}\n", highlight=False)
+    console.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+def _print_table(values: dict[str, Any], title: str, json: bool) -> None:
+    """Scalars, and dicts of scalars, one a row."""
+    if json:
+        print(json_.dumps(values))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", overflow="fold")
+    for name, value in values.items():
+        if isinstance(value, dict):
+            for part, number in value.items():
+                table.add_row(f"{name} ({part})", _cell(number))
+        elif not isinstance(value, list):
+            table.add_row(name, _cell(value))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _use_config_file(arguments: list[str]) -> list[str]:
+    """Take `--config FILE` out: its TOML fills in what the command line leaves open."""
+    if "--config" not in arguments:
+        return arguments
+    at = arguments.index("--config")
+    if at + 1 == len(arguments) or not Path(arguments[at + 1]).is_file():
+        raise TenfoldError("--config: name a TOML file that is there")
+    app.config = [cyclopts.config.Toml(arguments[at + 1], use_commands_as_keys=False)]
+    return arguments[:at] + arguments[at + 2 :]
+
+
+def main() -> None:
+    """Run the command line. Exit status 2 for bad input, 130 after Ctrl-C."""
+    try:
+        app(_use_config_file(sys.argv[1:]), exit_on_error=False, print_error=False)
+    except (TenfoldError, cyclopts.CycloptsError) as error:
+        print(f"tenfold: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"tenfold: {error or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _one_line(error: Exception) -> str:
+    cause = error.__cause__
+    if isinstance(cause, ValidationError):
+        return first_problem(cause)
+    return " ".join(str(error).split())

@@ -1,0 +1,63 @@
+"""Files that are whole or not there: written under a temporary name, then renamed."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tenfold.errors import TenfoldError
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with no_space_is_an_error(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises TenfoldError naming the file if it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TenfoldError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise TenfoldError(f"{path}: not readable as JSON ({error})") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name once the block ends well, else goes away."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with no_space_is_an_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def no_space_is_an_error(path: Path) -> Iterator[None]:
+    """Turn a full disk and a forbidden folder into a TenfoldError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TenfoldError(f"{path}: no space left on the disk; nothing was saved there") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise TenfoldError(f"{path}: not writable") from None
+        raise

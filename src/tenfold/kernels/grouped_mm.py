@@ -1,0 +1,96 @@
+"""Experts as two grouped matrix products over tokens sorted by expert. Dropless, differentiable."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tenfold.kernels import ACTIVATIONS, EMPTY_SLOT, compute_dtype
+
+ROW_BYTES = 16
+"""torch's grouped_mm wants rows that are a multiple of this many bytes."""
+
+CPU_RUN_LENGTH = 64
+"""oneDNN compiles a bf16 product anew for every number of rows it has not met. Expert loads differ
+at every step, so runs are padded to a multiple of this: 1.5x faster training steps (LOG.md)."""
+
+
+def experts(
+    x_TD: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_ids_TK: Tensor,
+    expert_weights_TK: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """Each token's chosen experts, weighted and summed. Returns (T, D) in the compute dtype."""
+    dtype = compute_dtype(x_TD)
+    x_TD, gate_up, down = x_TD.to(dtype), gate_up.to(dtype), down.to(dtype)
+    act = ACTIVATIONS[activation]
+    if len(x_TD) == 1 and not torch.is_grad_enabled():
+        return _one_token(x_TD, gate_up, down, expert_ids_TK, expert_weights_TK, act)
+    slot, filled, ends_E = _sort_by_expert(expert_ids_TK, len(gate_up), _run_multiple(x_TD, len(gate_up)))
+    token = slot // expert_ids_TK.shape[1]
+    weight = expert_weights_TK.flatten().index_select(0, slot) * filled
+    hidden = act(_grouped_linear(x_TD.index_select(0, token), gate_up, ends_E))
+    # Weighted before `down`, where rows are narrower: the combination is then a plain sum.
+    y = _grouped_linear(hidden * weight.to(dtype)[:, None], down, ends_E)
+    return torch.zeros_like(x_TD).index_add(0, token, y)
+
+
+def _run_multiple(x_TD: Tensor, num_experts: int) -> int:
+    """What each expert's number of rows is padded to a multiple of."""
+    recompiles = x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16
+    return CPU_RUN_LENGTH if recompiles and len(x_TD) >= CPU_RUN_LENGTH * num_experts else 1
+
+
+def _sort_by_expert(
+    expert_ids_TK: Tensor, num_experts: int, multiple: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots in order of expert, each expert's run padded with unfilled rows to a multiple.
+
+    Returns the slot of each row, 1 or 0 for a row that is filled or padding, and where each
+    expert's run ends. Empty slots get no row.
+    """
+    ids = expert_ids_TK.flatten()
+    load = (ids + 1).bincount(minlength=num_experts + 1)
+    order = ids.argsort(stable=True)[int(load[0]) :]
+    load_E = load[1:]
+    run_E = (load_E + multiple - 1) // multiple * multiple
+    ends_E = run_E.cumsum(0)
+    shift_E = (ends_E - run_E) - (load_E.cumsum(0) - load_E)
+    row = torch.arange(len(order), device=ids.device) + shift_E[ids[order]]
+    slot = order.new_zeros(int(ends_E[-1])).index_copy(0, row, order)
+    filled = torch.zeros(len(slot), device=ids.device).index_fill(0, row, 1.0)
+    return slot, filled, ends_E
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+    """x[run of e] @ weight[e].T for every expert e: (n, i), (E, o, i) -> (n, o).
+
+    torch's grouped_mm is as fast as one matmul an expert on the CPU and faster on CUDA (LOG.md),
+    but takes only rows of a multiple of 16 bytes.
+    """
+    rows = (weight.shape[1] * weight.itemsize, weight.shape[2] * weight.itemsize)
+    if len(x) and all(row % ROW_BYTES == 0 for row in rows):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends_E.int())
+    runs = x.tensor_split(ends_E[:-1].cpu())
+    return torch.cat([run @ matrix.T for run, matrix in zip(runs, weight, strict=True)])
+
+
+def _one_token(
+    x_1D: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_ids_1K: Tensor,
+    expert_weights_1K: Tensor,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Decoding one token reads K experts in place: sorting and grouping would cost more than it saves."""
+    out_1D = torch.zeros_like(x_1D)
+    for slot, expert in enumerate(expert_ids_1K[0].tolist()):
+        if expert != EMPTY_SLOT:
+            hidden = act(x_1D @ gate_up[expert].T) * expert_weights_1K[0, slot].to(x_1D.dtype)
+            out_1D += hidden @ down[expert].T
+    return out_1D

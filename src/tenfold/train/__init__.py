@@ -1,0 +1,19 @@
+"""How a model learns."""
+
+from pathlib import Path
+from typing import Any
+
+from tenfold.train.settings import TrainSettings, resolve_config
+
+
+def train(settings: TrainSettings, out: Path, resume: bool) -> dict[str, Any]:
+    """Train one model in the run folder `out`. Returns what result.json holds.
+
+    Raises TenfoldError for bad settings or data, or a folder that holds something else.
+    """
+    from tenfold.train.data import prepare, with_tokenizer
+    from tenfold.train.trainer import Trainer
+
+    config = resolve_config(settings)
+    data = prepare(settings.data, settings.tokenizer, config.vocab_size)
+    return Trainer(with_tokenizer(config, data), settings, data, out, resume).run()

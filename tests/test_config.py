@@ -1,0 +1,173 @@
+"""ModelConfig: counts against built models, published totals, dense twins, and its errors."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tenfold.checkpoint.families import family_for
+from tenfold.config import ModelConfig
+from tenfold.errors import TenfoldError
+from tenfold.model.transformer import Transformer
+from tenfold.presets import load_preset, preset_names
+
+SPARSE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ModelConfig:
+    kv_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    fields: dict[str, Any] = {
+        "vocab_size": draw(st.integers(1, 50)),
+        "hidden_size": draw(st.integers(1, 40)),
+        "intermediate_size": draw(st.integers(1, 40)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": kv_heads * draw(st.integers(1, 3)),
+        "num_key_value_heads": kv_heads,
+        "head_dim": 2 * draw(st.integers(1, 6)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
+        "qk_norm": draw(st.sampled_from(["none", "head", "full"])),
+    }
+    experts = draw(st.integers(0, 6))
+    if experts:
+        router = draw(st.sampled_from(["softmax", "topk_softmax", "sigmoid", "switch"]))
+        fields |= {
+            "num_experts": experts,
+            "num_experts_per_tok": 1 if router == "switch" else draw(st.integers(1, experts)),
+            "moe_intermediate_size": draw(st.integers(1, 20)),
+            "n_shared_experts": draw(st.integers(0, 2)),
+            "decoder_sparse_step": draw(st.integers(1, 3)),
+            "mlp_only_layers": tuple(draw(st.sets(st.integers(0, layers - 1)))),
+            "router": router,
+        }
+    return ModelConfig(**fields)
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs())
+def test_counts_are_those_of_the_built_model(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = Transformer(config)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert config.num_params() == sum(tensor.numel() for tensor in tensors)
+
+    experts = sum(t.numel() for name, t in model.named_parameters() if ".experts." in name)
+    used = experts // config.num_experts * config.num_experts_per_tok if experts else 0
+    assert config.num_active_params() == config.num_params() - experts + used
+
+    counts = config.params()
+    assert counts.experts == experts
+    assert counts.embedding == model.embed_tokens.weight.numel()
+    norms = sum(t.numel() for name, t in model.named_parameters() if "norm" in name)
+    assert counts.norms == norms
+    routers = sum(t.numel() for name, t in model.state_dict().items() if ".router." in name)
+    assert counts.router == routers
+
+
+@settings(max_examples=30, deadline=None)
+@given(configs())
+def test_flops_count_every_multiplied_weight(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights = 0
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim == 3:
+            weights += parameter[0].numel() * config.num_experts_per_tok
+        elif parameter.ndim == 2 and name != "embed_tokens.weight":
+            weights += parameter.numel()
+    assert config.flops_per_token(0) == 2 * weights
+    attended = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    assert config.flops_per_token(10) - config.flops_per_token(0) == 10 * attended
+
+
+PUBLISHED = {
+    "olmoe-1b-7b": (6_919_161_856, 1_282_017_280, 1_178_994_688),
+    "qwen3-30b-a3b": (30_532_122_624, 3_353_032_704, 3_041_867_776),
+}
+
+
+@pytest.mark.parametrize(("name", "totals"), PUBLISHED.items())
+def test_published_totals(name: str, totals: tuple[int, int, int]) -> None:
+    config = load_preset(name)
+    active = config.num_active_params(), config.num_active_params(input_embedding=False)
+    assert (config.num_params(), *active) == totals
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_save_as_the_family_they_were_published_as(name: str) -> None:
+    config = load_preset(name)
+    assert family_for(config).model_type == config.model_type != "tenfold"
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(
+        TenfoldError, match=r"olmoe-1b \(did you mean olmoe-1b-7b\?\).*qwen3-30b-a3b"
+    ):
+        load_preset("olmoe-1b")
+
+
+@pytest.mark.parametrize("equal", ["active", "total"])
+@pytest.mark.parametrize("name", [*PUBLISHED, "small"])
+def test_dense_twin_is_dense_and_of_equal_size(name: str, equal: Any) -> None:
+    sparse = ModelConfig(**SPARSE) if name == "small" else load_preset(name)
+    twin = sparse.dense_twin(equal)
+    wanted = sparse.num_active_params() if equal == "active" else sparse.num_params()
+    assert not twin.is_sparse
+    assert twin.num_params() == pytest.approx(wanted, rel=0.02)
+    assert (twin.hidden_size, twin.num_hidden_layers) == (
+        sparse.hidden_size,
+        sparse.num_hidden_layers,
+    )
+
+
+def test_dense_twin_that_cannot_be_is_an_error() -> None:
+    narrow = {**SPARSE, "moe_intermediate_size": 1, "num_experts_per_tok": 1}
+    shape = {"hidden_size": 512, "vocab_size": 1, "num_attention_heads": 1, "head_dim": 2}
+    config = ModelConfig(**{**narrow, **shape, "num_key_value_heads": 1, "num_experts": 2})
+    with pytest.raises(TenfoldError, match="no dense model of this shape"):
+        config.dense_twin("active")
+
+
+CONTRADICTIONS = {
+    "kv heads": ({"num_attention_heads": 4, "num_key_value_heads": 3}, "multiple of"),
+    "odd rotary": ({"head_dim": 7}, "even number"),
+    "no rotary": ({"partial_rotary_factor": 0.01}, "even number"),
+    "no mlp": ({"intermediate_size": 0}, "intermediate_size must be at least 1"),
+    "top-k of none": ({"num_experts_per_tok": 2}, "num_experts is 0"),
+    "top-k above E": ({**SPARSE, "num_experts_per_tok": 9}, "from 1 to num_experts 8"),
+    "top-k zero": ({**SPARSE, "num_experts_per_tok": 0}, "from 1 to num_experts 8"),
+    "no width": ({**SPARSE, "moe_intermediate_size": 0}, "moe_intermediate_size must be"),
+    "absent layer": ({**SPARSE, "mlp_only_layers": (4,)}, "a layer that is not there"),
+    "switch top-2": ({**SPARSE, "router": "switch"}, "must be 1, not 2"),
+    "softmax groups": ({**SPARSE, "n_group": 2}, "need router sigmoid"),
+    "uneven groups": ({**SPARSE, "router": "sigmoid", "n_group": 3}, "groups of 2 or more"),
+    "too many groups": (
+        {**SPARSE, "router": "sigmoid", "n_group": 2, "topk_group": 3},
+        "more than n_group 2",
+    ),
+    "groups too small": (
+        {**SPARSE, "router": "sigmoid", "n_group": 4, "num_experts_per_tok": 3},
+        "fewer than num_experts_per_tok 3",
+    ),
+    "negative": ({"hidden_size": -1}, "hidden_size: .*greater than 0, not -1"),
+    "wrong type": ({"vocab_size": "many"}, "vocab_size: .*not 'many'"),
+    "unknown router": ({"router": "sofmax"}, "router: .*'softmax'"),
+    "misspelt": ({"hiden_size": 8}, r"unknown field hiden_size \(did you mean hidden_size\?\)"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_contradictions_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TenfoldError, match=message) as caught:
+        ModelConfig.parse(fields, "my.toml")
+    assert str(caught.value).startswith("my.toml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        ModelConfig().hidden_size = 3  # type: ignore[misc]
