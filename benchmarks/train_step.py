@@ -90,7 +90,14 @@ def rows(speed: dict[str, float]) -> list[dict[str, Any]]:
 
     def row(name: str, ours: float, other: float | None, target: float | None) -> dict[str, Any]:
         ratio = ours / other if other else None
-        return {"name": name, "ours": ours, "peer": other, "ratio": ratio, "target": target, "unit": "tok/s"}
+        return {
+            "name": name,
+            "ours": ours,
+            "peer": other,
+            "ratio": ratio,
+            "target": target,
+            "unit": "tok/s",
+        }
 
     best = max(PEER_EXPERTS, key=lambda experts: speed[f"transformers {experts}"])
     return [

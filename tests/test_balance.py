@@ -61,9 +61,7 @@ def test_a_collapsed_layer_is_not_hidden_by_the_others() -> None:
     assert float(loss) > 1.9
 
 
-@pytest.mark.parametrize(
-    "router", ["softmax", "topk_softmax", "sigmoid", "switch", "expert_choice"]
-)
+@pytest.mark.parametrize("router", ["softmax", "topk_softmax", "sigmoid", "switch", "expert_choice"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_of_every_loss_reaches_the_router(router: str, loss: str) -> None:
     fields = SPARSE | ({"num_experts_per_tok": 1} if router == "switch" else {})
@@ -75,9 +73,7 @@ def test_gradient_of_every_loss_reaches_the_router(router: str, loss: str) -> No
         assert one.weight.grad is not None and one.weight.grad.norm() > 0
 
 
-@pytest.mark.parametrize(
-    "router", ["softmax", "topk_softmax", "sigmoid", "switch", "expert_choice"]
-)
+@pytest.mark.parametrize("router", ["softmax", "topk_softmax", "sigmoid", "switch", "expert_choice"])
 def test_gradient_of_the_language_model_loss_reaches_the_router(router: str) -> None:
     fields = SPARSE | ({"num_experts_per_tok": 1} if router == "switch" else {})
     model = Transformer(ModelConfig(**SMALL, **fields, router=router)).init_weights(0)

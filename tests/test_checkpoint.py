@@ -263,9 +263,7 @@ REFUSED_QWEN = {
     "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
 }
 REFUSED_OLMOE = {"clip_qkv": 8.0, "sliding_window": 64, "attention_bias": True, "head_dim": 3}
-SOFTMAX = CONFIG.model_copy(
-    update={"router": "softmax", "n_shared_experts": 0, "mlp_only_layers": ()}
-)
+SOFTMAX = CONFIG.model_copy(update={"router": "softmax", "n_shared_experts": 0, "mlp_only_layers": ()})
 BASES = [
     (CONFIG, REFUSED),
     (SOFTMAX, REFUSED_QWEN),
@@ -277,9 +275,7 @@ BASES = [
     ("config", "name", "value"),
     [(config, name, value) for config, refused in BASES for name, value in refused.items()],
 )
-def test_what_the_model_does_not_have_is_refused(
-    config: ModelConfig, name: str, value: Any
-) -> None:
+def test_what_the_model_does_not_have_is_refused(config: ModelConfig, name: str, value: Any) -> None:
     family = family_for(config)
     raw = family.to_hf(config)
     assert family.from_hf(raw, "config.json").num_params() == config.num_params()

@@ -104,9 +104,7 @@ def test_presets_save_as_the_family_they_were_published_as(name: str) -> None:
 
 
 def test_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(
-        TenfoldError, match=r"olmoe-1b \(did you mean olmoe-1b-7b\?\).*qwen3-30b-a3b"
-    ):
+    with pytest.raises(TenfoldError, match=r"olmoe-1b \(did you mean olmoe-1b-7b\?\).*qwen3-30b-a3b"):
         load_preset("olmoe-1b")
 
 

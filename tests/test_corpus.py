@@ -122,9 +122,7 @@ def test_missing_empty_and_binary_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["secret.txt", "secret.jsonl", "secret.parquet"])
-def test_file_that_cannot_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     path = tmp_path / name
     path.write_text("x")
 

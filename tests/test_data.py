@@ -61,9 +61,7 @@ def test_every_document_is_in_exactly_one_part(source: Path, cache: Path) -> Non
     assert 0.05 * total <= prepared.valid_bytes < 0.1 * total
 
 
-def test_the_split_follows_content_not_names_or_order(
-    source: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_the_split_follows_content_not_names_or_order(source: Path, cache: Path, tmp_path: Path) -> None:
     other = tmp_path / "renamed"
     other.mkdir()
     for number, path in enumerate(sorted(source.iterdir(), reverse=True)):
@@ -83,17 +81,13 @@ def test_copies_count_once(source: Path, cache: Path, tmp_path: Path) -> None:
     assert np.array_equal(doubled.valid, alone.valid)
 
 
-def test_held_out_text_is_capped(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_out_text_is_capped(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "HELD_OUT_ENOUGH", 100)
     prepared = make(source, cache)
     assert len(documents(prepared.valid, prepared)) == 1
 
 
-def test_bpe_never_sees_held_out_text(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bpe_never_sees_held_out_text(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
     def spy(texts, vocab_size):  # type: ignore[no-untyped-def]
@@ -110,9 +104,7 @@ def test_bpe_never_sees_held_out_text(
 
 
 @pytest.mark.parametrize("book_first", [True, False])
-def test_a_long_book_beside_a_note_is_trained_on(
-    tmp_path: Path, cache: Path, book_first: bool
-) -> None:
+def test_a_long_book_beside_a_note_is_trained_on(tmp_path: Path, cache: Path, book_first: bool) -> None:
     # The note's text is chosen so that its hash sorts on either side of the book's.
     book = "a long book\n" * 500
     hashes = {text: split.hashlib.sha256(text.encode()).digest() for text in map(str, range(5000))}
@@ -167,9 +159,7 @@ def test_long_documents_are_tokenised_in_pieces_to_the_same_ids(
     assert np.array_equal(cut.valid, whole.valid)
 
 
-def test_second_call_does_not_tokenise(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_call_does_not_tokenise(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make(source, cache)
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     monkeypatch.setattr(data, "write_tokens", None)
@@ -188,9 +178,7 @@ def test_the_key_covers_content_and_tokenizer(source: Path, cache: Path, tmp_pat
     assert len(keys) == 4
 
 
-def test_a_failed_build_leaves_nothing(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_build_leaves_nothing(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -332,9 +320,7 @@ STREAM = np.arange(1003, dtype=np.uint16)
 
 
 @given(st.integers(0, 300), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 99))
-def test_batches_do_not_depend_on_how_they_are_split(
-    first: int, counts: list[int], seed: int
-) -> None:
+def test_batches_do_not_depend_on_how_they_are_split(first: int, counts: list[int], seed: int) -> None:
     order = TrainOrder(STREAM, 10, seed)
     whole = order.batch(first, sum(counts))
     starts = np.cumsum([first, *counts[:-1]]).tolist()

@@ -119,9 +119,7 @@ def test_padded_runs_in_bfloat16(backend: str) -> None:
     upstream = torch.randn(600, 16)
     low = tuple(t.bfloat16() for t in inputs[:3])
     ours = run(BACKENDS[backend], (*low, inputs[3]), ids, upstream.bfloat16())
-    truth = run(
-        reference.experts, tuple(t.double() for t in (*low, inputs[3])), ids, upstream.double()
-    )
+    truth = run(reference.experts, tuple(t.double() for t in (*low, inputs[3])), ids, upstream.double())
     for mine, true in zip(ours, truth, strict=True):
         assert (mine.double() - true).norm() <= 1e-2 * true.norm()
     assert (ours[2][3] == 0).all()

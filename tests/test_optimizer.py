@@ -17,7 +17,7 @@ def test_stacked_muon_equals_torch_muon_on_each_expert(shape: tuple[int, ...]) -
     start = stack.detach().clone()
     singles = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
     ours = StackedMuon([stack], lr=0.1, weight_decay=0.1)
-    theirs = torch.optim.Muon(singles, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(singles, lr=0.1, weight_decay=0.1)
     for _ in range(4):
         stack.grad = torch.randn(shape)
         for single, grad in zip(singles, stack.grad, strict=True):

@@ -132,9 +132,7 @@ def test_bias_changes_the_choice_and_never_the_weights() -> None:
 def test_capacity_drops_the_late_ones(ids: list[int], factor: float) -> None:
     experts, capacity = 5, math.ceil(factor * len(ids) / 5)
     ids_T1 = torch.tensor(ids)[:, None]
-    kept, dropped = drop_over_capacity(
-        ids_T1, torch.tensor(ids).bincount(minlength=experts), factor
-    )
+    kept, dropped = drop_over_capacity(ids_T1, torch.tensor(ids).bincount(minlength=experts), factor)
     room, wanted = [capacity] * experts, []
     for expert in ids:
         wanted.append(expert if room[expert] > 0 else EMPTY_SLOT)

@@ -62,9 +62,7 @@ def test_any_text_survives_encoding_and_decoding(tokenizer: Tokenizer, text: str
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["", "  \r\n\t x", "\0", "\ufeffa", "e\u0301 é 👩‍👩‍👧", "a<|endoftext|>b"]
-)
+@pytest.mark.parametrize("text", ["", "  \r\n\t x", "\0", "\ufeffa", "e\u0301 é 👩‍👩‍👧", "a<|endoftext|>b"])
 def test_awkward_texts_survive(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -29,7 +29,11 @@ Resume = Annotated[bool, Parameter(negative="", help="go on with the run that is
 
 @app.command
 def demo(
-    *, out: Path = Path("tenfold-demo"), data: list[str] | None = None, resume: Resume = False, json: Json = False
+    *,
+    out: Path = Path("tenfold-demo"),
+    data: list[str] | None = None,
+    resume: Resume = False,
+    json: Json = False,
 ) -> None:
     """Train a sparse model and its two dense twins in minutes, offline, and report what it bought.
 

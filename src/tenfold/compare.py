@@ -7,10 +7,11 @@ from typing import Any
 from tenfold import specialization
 from tenfold.checkpoint import load_config, load_model
 from tenfold.config import ModelConfig
+from tenfold.device import pick_device, pick_precision
 from tenfold.engine.llm import Generation
 from tenfold.engine.meter import decode_tokens_per_second
 from tenfold.errors import TenfoldError
-from tenfold.files import read_json, write_json, write_text
+from tenfold.files import read_json, write_json, write_text, writing
 from tenfold.report.page import render
 from tenfold.report.verdict import judge
 from tenfold.sampling import SamplingParams
@@ -22,6 +23,9 @@ WEIGHTS = "float32"
 """What the models are saved and measured in."""
 DECODE_TOKENS = 128
 SAMPLE_TOKENS = 160
+SAMPLE_PROMPT_TOKENS = 24
+
+Result = dict[str, Any]
 
 
 def compare(
@@ -35,18 +39,26 @@ def compare(
     start = time.perf_counter()
     if not resume and out.exists() and any(out.iterdir()):
         raise TenfoldError(f"{out} is not empty: continue it with --resume, or choose another --out")
-    config = resolve_config(settings)
-    three_configs(config)
-    data = prepare(settings.data, settings.tokenizer, config.vocab_size)
-    configs = three_configs(with_tokenizer(config, data))
-    results = _results(configs, settings, data, out, resume, taken or {})
-    report = {"seconds": 0.0, "models": results, "weights": WEIGHTS, "data": settings.data}
-    report |= _measure(results, data, settings.seq_len)
-    report |= judge(results)
-    report["seconds"] = time.perf_counter() - start
-    write_json(out / "report.json", report)
-    write_text(out / "report.html", render(report))
-    write_text(out / "sample.txt", report["sample"]["prompt"] + report["sample"]["text"])
+    results = {name: _taken_result(folder) for name, folder in (taken or {}).items()}
+    sparse = load_config(results["sparse"]["path"]) if "sparse" in results else resolve_config(settings)
+    three_configs(sparse)
+    data = prepare(settings.data, settings.tokenizer, sparse.vocab_size)
+    configs = three_configs(with_tokenizer(sparse, data))
+    _check_alike(results, configs, settings, data)
+    for name, config in configs.items():
+        if name not in results:
+            results[name] = Trainer(config, settings, data, out / name, resume).run(name)
+    models = {name: results[name] for name in configs}
+    measured = _measure(models, data, settings.seq_len)
+    report = {
+        "seconds": time.perf_counter() - start,
+        "models": models,
+        "weights": WEIGHTS,
+        "data": settings.data,
+        **measured,
+        **judge(models),
+    }
+    _write(report, out)
     return report
 
 
@@ -66,60 +78,61 @@ def three_configs(sparse: ModelConfig) -> dict[str, ModelConfig]:
     }
 
 
-def _results(
+def _taken_result(folder: Path) -> Result:
+    if not (folder / "result.json").is_file():
+        raise TenfoldError(f"{folder}: no finished training run is there (no result.json)")
+    return {**read_json(folder / "result.json"), "path": str(folder / "model")}
+
+
+def _check_alike(
+    taken: dict[str, Result],
     configs: dict[str, ModelConfig],
     settings: TrainSettings,
     data: TokenData,
-    out: Path,
-    resume: bool,
-    taken: dict[str, Path],
-) -> dict[str, dict[str, Any]]:
-    results = {name: _taken_result(folder) for name, folder in taken.items()}
-    for name in [name for name in configs if name not in taken]:
-        trainer = Trainer(configs[name], settings, data, out / name, resume)
-        results[name] = trainer.run(name)
-    _check_alike(results, data)
-    for result in results.values():
-        config = load_config(Path(result["path"]))
-        result["weight_bytes_per_token"] = config.weight_bytes_per_token(WEIGHTS)
-    return {name: results[name] for name in configs}
-
-
-def _taken_result(folder: Path) -> dict[str, Any]:
-    if not (folder / "result.json").is_file():
-        raise TenfoldError(f"{folder}: no finished training run is there (no result.json)")
-    return dict(read_json(folder / "result.json"))
-
-
-def _check_alike(results: dict[str, dict[str, Any]], data: TokenData) -> None:
-    """Twins are twins only on the same text, tokens and sizes."""
-    sparse = results["sparse"]
-    for name, result in results.items():
-        if result["data_key"] != data.key:
-            raise TenfoldError(f"{name} was trained on other data than {sparse['path']}")
-        for field in ("tokens", "seq_len", "seed", "precision"):
-            if result[field] != sparse[field]:
-                raise TenfoldError(
-                    f"{name}: {field} is {result[field]!r}, but {sparse[field]!r} in the sparse run"
-                )
-    for name, field in (("dense_active", "active_params"), ("dense_total", "total_params")):
-        if abs(results[name]["total_params"] / sparse[field] - 1) > 0.02:
+) -> None:
+    """Before anything is trained: runs that were taken saw the same text, and are of twin sizes."""
+    wanted = _same_for_all(settings, data)
+    if len(taken) == len(configs):
+        wanted = {field: taken["sparse"][field] for field in wanted} | {"data_key": data.key}
+    for name, result in taken.items():
+        for field, value in wanted.items():
+            if result[field] != value:
+                raise TenfoldError(f"{result['path']}: {field} is {result[field]!r}, not {value!r}")
+        params = configs[name].num_params()
+        if abs(result["total_params"] / params - 1) > 0.02:
             raise TenfoldError(
-                f"{name} has {results[name]['total_params']:,} parameters, not within 2% of the"
-                f" sparse model's {field} {sparse[field]:,}"
+                f"{result['path']}: {result['total_params']:,} parameters are not within 2% of the"
+                f" {params:,} that {name} must have"
             )
 
 
-def _measure(
-    results: dict[str, dict[str, Any]], data: TokenData, seq_len: int
-) -> dict[str, Any]:
-    """Decode speed of each saved model (added to `results`), and what the sparse one's experts do."""
+def _same_for_all(settings: TrainSettings, data: TokenData) -> dict[str, Any]:
+    return {
+        "data_key": data.key,
+        "tokens": settings.steps * settings.step_tokens,
+        "seq_len": settings.seq_len,
+        "seed": settings.seed,
+        "precision": pick_precision(settings.precision, pick_device(settings.device)),
+    }
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "report.json", report)
+    write_text(out / "report.html", render(report))
+    write_text(out / "sample.txt", report["sample"]["prompt"] + report["sample"]["text"])
+
+
+def _measure(results: dict[str, Result], data: TokenData, seq_len: int) -> dict[str, Any]:
+    """Add each saved model's cost of a token to `results`; return what the sparse one's experts do."""
     models = {name: load_model(Path(result["path"])) for name, result in results.items()}
     speeds = decode_tokens_per_second(models, DECODE_TOKENS)
-    for name, speed in speeds.items():
-        results[name]["decode_tokens_per_second"] = speed
+    for name, model in models.items():
+        results[name]["weight_bytes_per_token"] = model.config.weight_bytes_per_token(WEIGHTS)
+        results[name]["decode_tokens_per_second"] = speeds[name]
     experts = specialization.measure(models["sparse"], data, seq_len)
-    opening = data.tokenizer.decode(data.valid[1:25].tolist())
+    opening = data.tokenizer.decode(data.valid[:SAMPLE_PROMPT_TOKENS].tolist())
     params = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=0)
     sample = Generation(models["sparse"], data.tokenizer, opening, params)
     sample.finish()

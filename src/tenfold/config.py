@@ -78,9 +78,7 @@ class ModelConfig(BaseModel):
         """Build from outside data; a TenfoldError names `source`, the field and what is accepted."""
         for name in values:
             if name not in cls.model_fields:
-                raise TenfoldError(
-                    f"{source}: unknown field {name}{nearest(name, cls.model_fields)}"
-                )
+                raise TenfoldError(f"{source}: unknown field {name}{nearest(name, cls.model_fields)}")
         try:
             return cls(**values)
         except ValidationError as error:

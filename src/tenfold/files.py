@@ -2,7 +2,7 @@
 
 import errno
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from tenfold.errors import TenfoldError
 
 
 def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with no_space_is_an_error(path):
+    temporary = _beside(path)
+    with writing(path):
         try:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
@@ -39,8 +39,8 @@ def read_json(path: Path) -> Any:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name once the block ends well, else goes away."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with no_space_is_an_error(path):
+    temporary = _beside(path)
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         try:
@@ -51,13 +51,16 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def no_space_is_an_error(path: Path) -> Iterator[None]:
-    """Turn a full disk and a forbidden folder into a TenfoldError that names `path`."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system refuses (a full disk, a forbidden folder) into a TenfoldError naming `path`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TenfoldError(f"{path}: no space left on the disk; nothing was saved there") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise TenfoldError(f"{path}: not writable") from None
-        raise
+        raise TenfoldError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder, so that renaming it to `path` is one step."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tenfold.checkpoint import load_config
 from tenfold.checkpoint.families import family_for
 from tenfold.config import BYTES_PER_WEIGHT, ModelConfig
 from tenfold.presets import load_preset
@@ -11,8 +12,6 @@ from tenfold.presets import load_preset
 def find_config(name: str) -> ModelConfig:
     """The config of a model directory, or of the preset called `name`."""
     if Path(name).is_dir():
-        from tenfold.checkpoint.config_file import load_config
-
         return load_config(Path(name))
     return load_preset(name)
 

@@ -50,9 +50,7 @@ class Specialization:
 
 
 @torch.inference_mode()
-def measure(
-    model: Transformer, data: TokenData, seq_len: int, max_tokens: int = 65_536
-) -> Specialization:
+def measure(model: Transformer, data: TokenData, seq_len: int, max_tokens: int = 65_536) -> Specialization:
     """Route held-out text through the model and count who went where."""
     kind_of = torch.tensor([kind_of_token(text) for text in token_texts(data.tokenizer)])
     config = model.config

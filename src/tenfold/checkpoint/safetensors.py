@@ -59,9 +59,7 @@ def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def write_tensors(
-    directory: Path, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
+def write_tensors(directory: Path, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write one file, or numbered shards and their index where one would pass `max_shard_bytes`."""
     shards = _shards(entries, max_shard_bytes)
     if len(shards) == 1:

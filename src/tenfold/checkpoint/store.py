@@ -108,9 +108,7 @@ def save_model(
     family = family_for(model.config)
     dtype = dtype or model.embed_tokens.weight.dtype
     if dtype not in safetensors.DTYPES:
-        raise TenfoldError(
-            f"cannot save as {dtype}, only {', '.join(map(str, safetensors.DTYPES))}"
-        )
+        raise TenfoldError(f"cannot save as {dtype}, only {', '.join(map(str, safetensors.DTYPES))}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise TenfoldError(f"{directory} is there already and is not an empty directory")
     with new_folder(directory) as partial:

@@ -7,19 +7,17 @@ from typing import Any
 
 import torch
 
+from tenfold.checkpoint import load_model
 from tenfold.engine.kv_cache import new_kv_cache
 from tenfold.engine.sampler import Sampler
 from tenfold.errors import TenfoldError
 from tenfold.model.transformer import Transformer
 from tenfold.sampling import SamplingParams
-from tenfold.checkpoint import load_model
 from tenfold.tokenizer import Tokenizer, load_tokenizer
 
 
 @torch.inference_mode()
-def generate_tokens(
-    model: Transformer, prompt_ids: Sequence[int], params: SamplingParams
-) -> Iterator[int]:
+def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
     """Tokens after the prompt, until the end-of-text token (not yielded) or `max_tokens`.
 
     Raises TenfoldError for an empty prompt, for one that leaves no room in the context, and for

@@ -45,9 +45,7 @@ def _run_multiple(x_TD: Tensor, num_experts: int) -> int:
     return CPU_RUN_LENGTH if recompiles and len(x_TD) >= CPU_RUN_LENGTH * num_experts else 1
 
 
-def _sort_by_expert(
-    expert_ids_TK: Tensor, num_experts: int, multiple: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sort_by_expert(expert_ids_TK: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Slots in order of expert, each expert's run padded with unfilled rows to a multiple.
 
     Returns the slot of each row, 1 or 0 for a row that is filled or padding, and where each

@@ -43,6 +43,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.bias: Tensor
         if config.router == "sigmoid":
             self.register_buffer("bias", torch.zeros(config.num_experts))
 
@@ -50,59 +51,54 @@ class Router(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
-            probs_TE = self._probs(logits_TE)
-            ids, weights = _CHOOSE[self.config.router](self, logits_TE)
+            scores_TE = logits_TE.sigmoid() if self.config.router == "sigmoid" else logits_TE.softmax(-1)
+            ids, weights = _CHOOSE[self.config.router](self, scores_TE)
         load_E, dropped = count(ids, self.config.num_experts), ids.new_zeros(())
         if self.config.router == "switch" and self.training:
             ids, dropped = drop_over_capacity(ids, load_E, self.config.capacity_factor)
+        probs_TE = scores_TE
+        if self.config.router == "sigmoid":
+            probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
         return ids, weights, RouterAux(logits_TE, probs_TE, load_E, dropped, ids, len(x_BSD))
 
-    def _probs(self, logits_TE: Tensor) -> Tensor:
-        if self.config.router == "sigmoid":
-            scores = logits_TE.sigmoid()
-            return scores / scores.sum(-1, keepdim=True)
-        return logits_TE.softmax(-1)
-
-    def softmax_topk(self, logits_TE: Tensor) -> Choice:
+    def softmax_topk(self, probs_TE: Tensor) -> Choice:
         """Top-k of the softmax over all experts (OLMoE, Qwen3-MoE)."""
-        weights, ids = logits_TE.softmax(-1).topk(self.config.num_experts_per_tok, dim=-1)
-        return ids, self._scaled(weights)
+        weights, ids = probs_TE.topk(self.config.num_experts_per_tok, dim=-1)
+        return ids, self._scaled(weights, self.config.norm_topk_prob)
 
-    def topk_softmax(self, logits_TE: Tensor) -> Choice:
-        """Softmax over the top-k logits alone (Mixtral, gpt-oss)."""
-        chosen, ids = logits_TE.topk(self.config.num_experts_per_tok, dim=-1)
-        return ids, chosen.softmax(-1) * self.config.routed_scaling_factor
+    def topk_softmax(self, probs_TE: Tensor) -> Choice:
+        """Softmax over the top-k logits alone (Mixtral, gpt-oss): the same as renormalising."""
+        weights, ids = probs_TE.topk(self.config.num_experts_per_tok, dim=-1)
+        return ids, self._scaled(weights, renormalise=True)
 
-    def sigmoid_topk(self, logits_TE: Tensor) -> Choice:
+    def sigmoid_topk(self, scores_TE: Tensor) -> Choice:
         """Sigmoid scores, a bias and groups for the selection only (DeepSeek-V3, arXiv:2412.19437)."""
-        scores_TE = logits_TE.sigmoid()
         ranked_TE = self._only_best_groups(scores_TE + self.bias)
         ids = ranked_TE.topk(self.config.num_experts_per_tok, dim=-1).indices
-        return ids, self._scaled(scores_TE.gather(-1, ids))
+        return ids, self._scaled(scores_TE.gather(-1, ids), self.config.norm_topk_prob)
 
     def _only_best_groups(self, ranked_TE: Tensor) -> Tensor:
         """Rule out the experts outside the `topk_group` groups whose two best sum highest."""
         groups = self.config.n_group
         if groups == 1:
             return ranked_TE
-        grouped = ranked_TE.unflatten(-1, (groups, -1))
+        grouped: Tensor = ranked_TE.unflatten(-1, (groups, -1))
         best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
         allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, True)
         return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
 
-    def switch_top1(self, logits_TE: Tensor) -> Choice:
+    def switch_top1(self, probs_TE: Tensor) -> Choice:
         """Top-1, weighted by its own probability (Switch Transformer, arXiv:2101.03961)."""
-        weights, ids = logits_TE.softmax(-1).max(-1, keepdim=True)
+        weights, ids = probs_TE.max(-1, keepdim=True)
         return ids, weights
 
-    def expert_choice(self, logits_TE: Tensor) -> Choice:
+    def expert_choice(self, probs_TE: Tensor) -> Choice:
         """Each expert takes its T·K/E best tokens (Zhou et al. 2022, arXiv:2202.09368).
 
         A token's experts depend on the tokens after it, so this trains but cannot generate.
         """
-        tokens, experts = logits_TE.shape
+        tokens, experts = probs_TE.shape
         room = -(-tokens * self.config.num_experts_per_tok // experts)
-        probs_TE = logits_TE.softmax(-1)
         taken_CE = probs_TE.topk(min(room, tokens), dim=0).indices
         chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(0, taken_CE, True)
         slots = int(chosen_TE.sum(-1).max())
@@ -110,8 +106,8 @@ class Router(nn.Module):
         empty = ~chosen_TE.gather(-1, ids)
         return ids.masked_fill(empty, EMPTY_SLOT), weights.masked_fill(empty, 0.0)
 
-    def _scaled(self, weights_TK: Tensor) -> Tensor:
-        if self.config.norm_topk_prob:
+    def _scaled(self, weights_TK: Tensor, renormalise: bool) -> Tensor:
+        if renormalise:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return weights_TK * self.config.routed_scaling_factor
 

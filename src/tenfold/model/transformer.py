@@ -41,9 +41,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, index) for index in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -95,6 +93,17 @@ class Transformer(nn.Module):
         `cache` holds one entry a layer and is extended in place. With `return_aux`, the router
         outputs of the sparse layers come too, in order of depth.
         """
+        hidden_BSD, aux = self.hidden_states(input_ids_BS, cache, start)
+        logits_BSV: Tensor = self.lm_head(hidden_BSD)
+        return (logits_BSV, aux) if return_aux else logits_BSV
+
+    def hidden_states(
+        self,
+        input_ids_BS: Tensor,
+        cache: Sequence[LayerCache] | None = None,
+        start: int = 0,
+    ) -> tuple[Tensor, list[RouterAux]]:
+        """What `lm_head` turns into logits (B, S, D), and what the routers did, in order of depth."""
         if cache is not None and self.config.router == "expert_choice" and self.config.is_sparse:
             raise TenfoldError(
                 "router expert_choice cannot generate: its experts choose among tokens of the future;"
@@ -108,5 +117,4 @@ class Transformer(nn.Module):
             x_BSD, layer_aux = layer(x_BSD, rope, None if cache is None else cache[index])
             if layer_aux is not None:
                 aux.append(layer_aux)
-        logits_BSV: Tensor = self.lm_head(self.norm(x_BSD))
-        return (logits_BSV, aux) if return_aux else logits_BSV
+        return self.norm(x_BSD), aux

@@ -17,7 +17,5 @@ def load_preset(name: str) -> ModelConfig:
     """The config of a preset; an unknown name is a TenfoldError that lists the known ones."""
     names = preset_names()
     if name not in names:
-        raise TenfoldError(
-            f"unknown preset {name}{nearest(name, names)}; known: {', '.join(names)}"
-        )
+        raise TenfoldError(f"unknown preset {name}{nearest(name, names)}; known: {', '.join(names)}")
     return read_config(_HERE / f"{name}.json")[1]

@@ -24,16 +24,17 @@ def render(report: dict[str, Any]) -> str:
     """HTML of a report.json: sentences, curves, costs, expert maps, table and sample. Opens from disk."""
     template = files("tenfold.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     models = report["models"]
-    table = [
-        (label, [form.format(model[field]) for model in models.values()])
-        for label, field, form in ROWS
-    ]
-    return Environment(autoescape=True).from_string(template).render(
-        report=report,
-        names=[plots.NAMES[name] for name in models],
-        table=table,
-        curves=plots.learning_curves(models),
-        costs=plots.token_costs(models),
-        load=plots.expert_load(report["experts"]),
-        preferences=plots.preferences(report["experts"]),
+    table = [(label, [form.format(model[field]) for model in models.values()]) for label, field, form in ROWS]
+    return (
+        Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            report=report,
+            names=[plots.NAMES[name] for name in models],
+            table=table,
+            curves=plots.learning_curves(models),
+            costs=plots.token_costs(models),
+            load=plots.expert_load(report["experts"]),
+            preferences=plots.preferences(report["experts"]),
+        )
     )

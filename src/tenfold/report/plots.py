@@ -7,9 +7,9 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 INK = "#8a8f98"
 """Readable on a light and on a dark page."""
@@ -19,7 +19,7 @@ NAMES = {
     "dense_active": "dense, equal active",
     "dense_total": "dense, equal total",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -58,7 +58,13 @@ def token_costs(models: dict[str, Any]) -> str:
     """Weight bytes a generated token reads, and measured tokens per second."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 1.9), layout="constrained")
-        bars(axes[0], models, "weight_bytes_per_token", 1e6, "MB of weights per token (fewer is better)")
+        bars(
+            axes[0],
+            models,
+            "weight_bytes_per_token",
+            1e6,
+            "MB of weights per token (fewer is better)",
+        )
         bars(axes[1], models, "decode_tokens_per_second", 1, "tokens per second (more is better)")
         axes[1].set_yticklabels([])
         return svg(figure)
@@ -91,7 +97,12 @@ def preferences(experts: dict[str, Any]) -> str:
     rows = len(lift)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            rows, 1, figsize=(10, 1.35 * rows + 0.4), sharex=True, layout="constrained", squeeze=False
+            rows,
+            1,
+            figsize=(10, 1.35 * rows + 0.4),
+            sharex=True,
+            layout="constrained",
+            squeeze=False,
         )
         for axis, layer, values in zip(axes[:, 0], experts["layers"], lift, strict=True):
             scale = np.log2(np.clip(values, 1 / 8, 8))

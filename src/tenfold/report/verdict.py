@@ -1,5 +1,6 @@
 """Who won, on each axis, in one plain sentence; also where sparse lost."""
 
+from itertools import pairwise
 from typing import Any
 
 Model = dict[str, Any]
@@ -35,7 +36,7 @@ def speedup(sparse: Model, rival: Model, axis: str) -> float:
 
 def reached(curve: list[dict[str, float]], bits: float, axis: str) -> float:
     """Where on `axis` a curve first comes down to `bits`; its last point if only that does."""
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in pairwise(curve):
         if before["bits_per_byte"] <= bits:
             return before[axis]
         if after["bits_per_byte"] <= bits:

@@ -22,10 +22,9 @@ def load_balancing_loss(aux: RouterAux) -> Tensor:
 def sequence_loss(aux: RouterAux) -> Tensor:
     """The same within each sequence, then averaged (DeepSeek-V3, arXiv:2412.19437, eq. 17-20)."""
     E = aux.probs_TE.shape[-1]
-    ids = aux.expert_ids_TK.unflatten(0, (aux.batch, -1))
-    load_BE = torch.stack([count(sequence, E) for sequence in ids])
+    load_BE = torch.stack([count(ids, E) for ids in aux.expert_ids_TK.chunk(aux.batch)])
     share_BE = load_BE / load_BE.sum(-1, keepdim=True).clamp(min=1)
-    probs_BE = aux.probs_TE.unflatten(0, (aux.batch, -1)).mean(1)
+    probs_BE = torch.stack([probs.mean(0) for probs in aux.probs_TE.chunk(aux.batch)])
     return E * (share_BE * probs_BE).sum(-1).mean()
 
 

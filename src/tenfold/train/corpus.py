@@ -32,9 +32,7 @@ def read_documents(sources: Sequence[str]) -> Iterator[Document]:
     Raises TenfoldError for a source that is missing, unreadable or without any text.
     """
     if not sources:
-        raise TenfoldError(
-            "no text to read: give a file, a folder, stdlib or hf:NAME[:SPLIT] as the source"
-        )
+        raise TenfoldError("no text to read: give a file, a folder, stdlib or hf:NAME[:SPLIT] as the source")
     for source in sources:
         empty = True
         for document in _read_source(source):
@@ -42,9 +40,7 @@ def read_documents(sources: Sequence[str]) -> Iterator[Document]:
                 empty = False
                 yield document
         if empty:
-            raise TenfoldError(
-                f"{source}: no documents found, or only empty ones{_accepted(source)}"
-            )
+            raise TenfoldError(f"{source}: no documents found, or only empty ones{_accepted(source)}")
 
 
 def stdlib_files() -> list[Path]:
@@ -73,8 +69,7 @@ def _read_source(source: str) -> Iterator[Document]:
         yield from _read_file(path, skip_binary=False)
     else:
         raise TenfoldError(
-            f"{source}: no such file or folder (a source is a file, a folder, stdlib or"
-            " hf:NAME[:SPLIT])"
+            f"{source}: no such file or folder (a source is a file, a folder, stdlib or hf:NAME[:SPLIT])"
         )
 
 
@@ -84,8 +79,7 @@ def _folder_files(folder: Path) -> list[Path]:
     return [
         folder / path
         for path in sorted(files)
-        if path.suffix.lower() in FOLDER_SUFFIXES
-        and not any(part.startswith(".") for part in path.parts)
+        if path.suffix.lower() in FOLDER_SUFFIXES and not any(part.startswith(".") for part in path.parts)
     ]
 
 
@@ -142,9 +136,7 @@ def _parquet(path: Path) -> Iterator[Document]:
     try:
         with pq.ParquetFile(path) as table:
             if "text" not in table.schema_arrow.names:
-                raise TenfoldError(
-                    f"{path}: no column text; it has {', '.join(table.schema_arrow.names)}"
-                )
+                raise TenfoldError(f"{path}: no column text; it has {', '.join(table.schema_arrow.names)}")
             for batch in table.iter_batches(batch_size=256, columns=["text"]):
                 for text in batch.column("text").to_pylist():
                     row += 1

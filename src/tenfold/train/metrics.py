@@ -25,13 +25,17 @@ class RoutingMeter:
         if self.batches:
             loads, entropy, dropped = (
                 [a + b for a, b in zip(old, new, strict=True)]
-                for old, new in ((self.loads, loads), (self.entropy, entropy), (self.dropped, dropped))
+                for old, new in (
+                    (self.loads, loads),
+                    (self.entropy, entropy),
+                    (self.dropped, dropped),
+                )
             )
         self.loads, self.entropy, self.dropped = loads, entropy, dropped
         self.batches += 1
 
     def summary(self) -> dict[str, list[float]]:
-        """One number a layer: load CV and MaxVio (0 is even), dead experts, entropy in nats, dropped share."""
+        """One number a layer: load CV and MaxVio (0 is even), dead experts, entropy (nats), dropped share."""
         loads = [load.double() for load in self.loads]
         return {
             "load_cv": [float(load.std(correction=0) / load.mean()) for load in loads],
@@ -39,7 +43,6 @@ class RoutingMeter:
             "dead_experts": [float((load == 0).sum()) for load in loads],
             "router_entropy": [float(entropy) / self.batches for entropy in self.entropy],
             "dropped": [
-                float(dropped) / float(load.sum())
-                for dropped, load in zip(self.dropped, loads, strict=True)
+                float(dropped) / float(load.sum()) for dropped, load in zip(self.dropped, loads, strict=True)
             ],
         }

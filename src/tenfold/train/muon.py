@@ -5,7 +5,6 @@ slower than the same arithmetic batched over the stack (LOG.md), so the stacks h
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,16 +15,16 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 class StackedMuon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) with Nesterov momentum, decoupled weight decay and AdamW's update RMS.
+    """Muon (Jordan et al. 2024) with Nesterov momentum and decoupled weight decay.
 
-    Parameters are (E, m, n). Equal to torch.optim.Muon(adjust_lr_fn="match_rms_adamw") on each (m, n).
+    Parameters are (E, m, n). Equal to torch.optim.Muon with its defaults on each (m, n).
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -38,7 +37,8 @@ class StackedMuon(torch.optim.Optimizer):
         momentum = state["momentum_buffer"]
         momentum.lerp_(grad, 1 - group["momentum"])
         update = orthogonalize(grad.lerp(momentum, group["momentum"]))
-        scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
+        rows, columns = parameter.shape[-2:]
+        scale = math.sqrt(max(1.0, rows / columns))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * scale)
 

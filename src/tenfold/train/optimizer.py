@@ -1,6 +1,8 @@
 """Optimizers and the learning-rate schedule."""
 
-from torch import Tensor
+from typing import Any
+
+from torch.nn import Parameter
 from torch.optim import AdamW, Muon, Optimizer
 
 from tenfold.model.transformer import Transformer
@@ -8,28 +10,42 @@ from tenfold.train.muon import StackedMuon
 from tenfold.train.settings import TrainSettings
 
 
+ADAMW_SHARE = 0.5
+"""AdamW's learning rate beside Muon's."""
+
+
 def build_optimizers(model: Transformer, settings: TrainSettings) -> list[Optimizer]:
     """Muon for the matrices and expert stacks, fused AdamW for embeddings, head, norms and routers.
 
+    Muon's own scaling of the step is kept, rather than the one that matches AdamW's RMS: the latter
+    takes steps that are too long for wide layers, and would handicap the equal-total twin (LOG.md).
     With `optimizer` "adamw", AdamW for all, with weight decay on the same matrices.
     """
+    optimizers = _build(*split_parameters(model), settings)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # under the name torch's own schedulers keep it
+    return optimizers
+
+
+def _build(
+    matrices: list[Parameter], stacks: list[Parameter], rest: list[Parameter], settings: TrainSettings
+) -> list[Optimizer]:
     lr, decay = settings.learning_rate, settings.weight_decay
-    matrices, stacks, rest = split_parameters(model)
     if settings.optimizer == "adamw":
-        groups = [{"params": matrices + stacks, "weight_decay": decay}, {"params": rest}]
-        return [_adamw(groups, lr)]
-    optimizers: list[Optimizer] = [_adamw([{"params": rest}], lr)]
-    optimizers.append(Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        return [_adamw([{"params": matrices + stacks, "weight_decay": decay}, {"params": rest}], lr)]
+    optimizers: list[Optimizer] = [_adamw([{"params": rest}], lr * ADAMW_SHARE)]
+    optimizers.append(Muon(matrices, lr, weight_decay=decay))
     if stacks:
         optimizers.append(StackedMuon(stacks, lr, weight_decay=decay))
     return optimizers
 
 
-def _adamw(groups: list[dict[str, object]], lr: float) -> AdamW:
+def _adamw(groups: list[dict[str, Any]], lr: float) -> AdamW:
     return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def split_parameters(model: Transformer) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def split_parameters(model: Transformer) -> tuple[list[Parameter], list[Parameter], list[Parameter]]:
     """Hidden matrices, stacks of them (one an expert), and everything else."""
     matrices, stacks, rest = [], [], []
     for name, parameter in model.named_parameters():
@@ -51,7 +67,8 @@ def schedule(step: int, settings: TrainSettings) -> float:
     return min(warm, left / max(1.0, settings.decay * steps))
 
 
-def set_learning_rate(optimizers: list[Optimizer], rate: float) -> None:
+def set_learning_rate(optimizers: list[Optimizer], factor: float) -> None:
+    """Set every group to its peak times `factor`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["initial_lr"] * factor

@@ -29,7 +29,7 @@ class Reporter:
         )
         self.task = self.bar.add_task(label, total=steps, completed=step, state="")
         self.label = label
-        self.board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self.board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
         self.stop_requested = False
 
     def __enter__(self) -> Self:
@@ -48,9 +48,9 @@ class Reporter:
         self.bar.stop()
         signal.signal(signal.SIGINT, self._previous)
         self.lines.close()
-        self.board.close()  # type: ignore[no-untyped-call]
+        self.board.close()
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.stop_requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.console.print(f"{self.label}: stopping after this step; Ctrl-C again stops at once")
@@ -63,7 +63,7 @@ class Reporter:
             values = value if isinstance(value, list) else [value]
             for layer, number in enumerate(values):
                 tag = f"{name}/layer{layer}" if isinstance(value, list) else name
-                self.board.add_scalar(tag, number, record["step"])  # type: ignore[no-untyped-call]
+                self.board.add_scalar(tag, number, record["step"])
         self.bar.update(self.task, completed=record["step"], state=_state(record))
         if "bits_per_byte" in record:
             self.console.print(

@@ -37,7 +37,7 @@ class TrainSettings(BaseModel):
         None, description="a tokenizer.json; by default a byte-level BPE is trained on the data"
     )
 
-    tokens: int = Field(900_000, gt=0, description="training tokens in all")
+    tokens: int = Field(2_000_000, gt=0, description="training tokens in all")
     seq_len: int = Field(256, gt=1, description="tokens of context")
     batch_size: int = Field(32, gt=0, description="sequences in an optimizer step")
     micro_batch_size: int | None = Field(
@@ -47,7 +47,7 @@ class TrainSettings(BaseModel):
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="muon for the matrices with adamw for the rest, or adamw for all"
     )
-    learning_rate: float = Field(0.01, gt=0, description="peak; muon's is scaled to adamw's RMS")
+    learning_rate: float = Field(0.02, gt=0, description="peak; adamw beside muon takes half of it")
     weight_decay: float = Field(0.1, ge=0, description="on the matrices")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps that warm up")
     decay: float = Field(0.5, ge=0, le=1, description="share of the steps that decay to zero")
@@ -68,7 +68,7 @@ class TrainSettings(BaseModel):
     seed: int = Field(0, ge=0, description="of the initial weights and the order of the data")
 
     evaluations: int = Field(8, gt=0, description="validation points over the run")
-    checkpoint_every: int = Field(25, gt=0, description="steps between checkpoints")
+    checkpoint_every: int = Field(50, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0)
 
     @model_validator(mode="after")

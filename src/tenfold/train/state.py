@@ -1,25 +1,26 @@
 """A run's folder and its checkpoints: written whole, pruned, and resumed to the bit.
 
-    run.json         settings, model config and data key: what the run is
-    metrics.jsonl    one line a step
-    result.json      written at the end
-    checkpoints/     step-00000100/, through torch.distributed.checkpoint
-    model/           the trained model, a Hugging Face directory
+run.json         settings, model config and data key: what the run is
+metrics.jsonl    one line a step
+result.json      written at the end
+checkpoints/     step-00000100/, through torch.distributed.checkpoint
+model/           the trained model, a Hugging Face directory
 """
 
 import json
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from tenfold.errors import TenfoldError
-from tenfold.files import new_folder, read_json, write_json, write_text
+from tenfold.files import new_folder, read_json, write_json, write_text, writing
 from tenfold.model.transformer import Transformer
 
 
@@ -55,7 +56,8 @@ class RunFolder:
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise TenfoldError(f"{self.path} exists and is not a tenfold run; choose another --out")
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             write_json(record, identity)
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -73,19 +75,20 @@ class RunFolder:
         found = sorted(self.checkpoints.glob("step-*"))
         return found[-1] if found else None
 
-    def save(
-        self, model: Transformer, optimizers: list[Optimizer], progress: Progress, keep: int
-    ) -> None:
+    def save(self, model: Transformer, optimizers: list[Optimizer], progress: Progress, keep: int) -> None:
         weights, optimizer = get_state_dict(model, optimizers)
         with new_folder(self.checkpoints / f"step-{progress.step:08d}") as folder:
-            dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=folder, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                state = {"model": weights, "optimizer": optimizer}
+                state_dict_saver.save(state, checkpoint_id=folder, no_dist=True)
             write_json(folder / "progress.json", asdict(progress))
         for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
 
     def restore(self, model: Transformer, optimizers: list[Optimizer]) -> Progress:
         """Load the newest checkpoint, if any, and forget what was logged after it."""
-        for leftover in self.checkpoints.glob(".step-*"):
+        for leftover in (*self.checkpoints.glob(".step-*"), *self.path.glob(".model.*")):
             shutil.rmtree(leftover, ignore_errors=True)
         checkpoint = self.latest()
         if checkpoint is None:
@@ -94,15 +97,15 @@ class RunFolder:
         weights, optimizer = get_state_dict(model, optimizers)
         try:
             progress = Progress(**read_json(checkpoint / "progress.json"))
-            dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=checkpoint, no_dist=True)
+            state_dict_loader.load(
+                {"model": weights, "optimizer": optimizer}, checkpoint_id=checkpoint, no_dist=True
+            )
         except Exception as error:
             raise TenfoldError(
                 f"{checkpoint}: the checkpoint cannot be read ({type(error).__name__}); delete it to"
                 " resume from the one before"
             ) from error
-        set_state_dict(
-            model, optimizers, model_state_dict=weights, optim_state_dict=optimizer
-        )
+        set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=optimizer)
         self._cut_metrics(progress.step)
         return progress
 
@@ -114,7 +117,6 @@ class RunFolder:
         kept = [
             line
             for line in lines
-            if line.endswith("\n")
-            and int(re.match(r'{"step": (\d+)', line).group(1)) <= step  # type: ignore[union-attr]
+            if line.endswith("\n") and int(re.match(r'{"step": (\d+)', line).group(1)) <= step  # type: ignore[union-attr]
         ]
         write_text(self.metrics, "".join(kept))

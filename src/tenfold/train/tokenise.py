@@ -16,9 +16,7 @@ PIECE_CHARS = 1_000_000  # of a long document, encoded at once
 BATCH_CHARS = 4_000_000
 
 
-def write_tokens(
-    folder: Path, sources: Sequence[str], split: Split, tokenizer: Tokenizer
-) -> dict[str, Any]:
+def write_tokens(folder: Path, sources: Sequence[str], split: Split, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write train.bin and valid.bin, each document followed by the end-of-text token.
 
     Returns meta.json's content. Raises TenfoldError if a part comes to fewer than 2 tokens.

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tenfold.checkpoint import save_model
+from tenfold.checkpoint.families import NATIVE, family_for, why_native
 from tenfold.config import ModelConfig
 from tenfold.device import autocast, pick_device, pick_precision
 from tenfold.errors import TenfoldError
@@ -27,8 +27,10 @@ from tenfold.train.reporter import Reporter
 from tenfold.train.settings import TrainSettings
 from tenfold.train.state import Progress, RunFolder
 
+HEAD_TOKENS = 1024
 
-class Interrupted(Exception):
+
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C: the run stopped after a whole step and saved a checkpoint."""
 
 
@@ -41,6 +43,8 @@ class Trainer:
     def __init__(
         self, config: ModelConfig, settings: TrainSettings, data: TokenData, out: Path, resume: bool
     ):
+        if settings.bias_update_rate and (config.router != "sigmoid" or not config.is_sparse):
+            raise TenfoldError("bias_update_rate: only a sigmoid router has the bias; set it to 0")
         self.device = pick_device(settings.device)
         precision = pick_precision(settings.precision, self.device)
         self.settings = settings.model_copy(update={"precision": precision})
@@ -54,7 +58,7 @@ class Trainer:
         self.progress = self.folder.restore(self.model, self.optimizers)
         self.bias_update = self._attach_bias_update()
         if settings.compile:
-            self.model.compile()
+            self.model.hidden_states = torch.compile(self.model.hidden_states)  # type: ignore[method-assign]
 
     def _identity(self) -> dict[str, Any]:
         """What makes two runs the same run."""
@@ -69,8 +73,6 @@ class Trainer:
         rate = self.settings.bias_update_rate
         if not rate:
             return None
-        if self.config.router != "sigmoid" or not self.config.is_sparse:
-            raise TenfoldError("bias_update_rate: only a sigmoid router has the bias; set it to 0")
         update = balance.BiasUpdate(self.model, rate)
         update.attach(self.optimizers[0])
         return update
@@ -89,7 +91,7 @@ class Trainer:
                 finished = self.progress.step == steps
                 if reporter.stop_requested and not finished:
                     self._save()
-                    raise Interrupted(f"stopped at step {self.progress.step} of {steps}")
+                    raise Interrupted(f"stopped at step {self.progress.step} of {steps}; go on with --resume")
                 if finished or self.progress.step % self.settings.checkpoint_every == 0:
                     self._save()
         return self._finish()
@@ -117,8 +119,8 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """One optimizer step over a global batch. Returns what to log of it."""
         step, settings = self.progress.step, self.settings
-        rate = settings.learning_rate * schedule(step, settings)
-        set_learning_rate(self.optimizers, rate)
+        factor = schedule(step, settings)
+        set_learning_rate(self.optimizers, factor)
         meter = RoutingMeter()
         loss = balance_loss = 0.0
         for row in range(0, settings.batch_size, settings.rows):
@@ -135,7 +137,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        record = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+        record: dict[str, Any] = {"loss": loss, "grad_norm": norm, "learning_rate": settings.learning_rate * factor}
         if meter.loads:
             record |= {"balance_loss": balance_loss, **meter.summary()}
         return record
@@ -150,9 +152,7 @@ class Trainer:
 
     def _evaluate(self) -> float:
         settings = self.settings
-        bits = bits_per_byte(
-            self.model, self.data, settings.seq_len, settings.rows, settings.precision
-        )
+        bits = bits_per_byte(self.model, self.data, settings.seq_len, settings.rows, settings.precision)
         tokens = self.progress.step * settings.step_tokens
         self.progress.curve.append(
             {
@@ -165,9 +165,7 @@ class Trainer:
         return bits
 
     def _save(self) -> None:
-        self.folder.save(
-            self.model, self.optimizers, self.progress, self.settings.keep_checkpoints
-        )
+        self.folder.save(self.model, self.optimizers, self.progress, self.settings.keep_checkpoints)
 
     def _finish(self) -> dict[str, Any]:
         if not self.folder.model.exists():
@@ -175,6 +173,7 @@ class Trainer:
         result = summarize(self.config, self.settings, self.progress) | {
             "data_key": self.data.key,
             "path": str(self.folder.model),
+            "saved_as": saved_as(self.config),
         }
         write_json(self.folder.result, result)
         return result
@@ -188,13 +187,46 @@ def backward(
     Returns what the routers did, and the micro-batch's share of the step's two losses: cross-entropy
     (nats per token) and balance.
     """
-    with autocast(inputs_BS.device, settings.precision):
-        logits_BSV, layers = model(inputs_BS, return_aux=True)
     share = len(inputs_BS) / settings.batch_size
-    loss = share * F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
+    with autocast(inputs_BS.device, settings.precision):
+        hidden_BSD, layers = model.hidden_states(inputs_BS)
+    loss, hidden_grad = head_loss(model, hidden_BSD, targets_BS, share, settings.precision)
     balance_loss = share * balance.total_loss(layers, settings)
-    (loss + balance_loss).backward()
-    return layers, loss.item(), balance_loss.item()
+    if layers:
+        torch.autograd.backward([hidden_BSD, balance_loss], [hidden_grad, None])
+    else:
+        hidden_BSD.backward(hidden_grad)
+    return layers, loss, balance_loss.item()
+
+
+def head_loss(
+    model: Transformer, hidden_BSD: Tensor, targets_BS: Tensor, share: float, precision: str
+) -> tuple[float, Tensor]:
+    """`share` times the mean cross-entropy, and its gradient on `hidden_BSD`; adds the head's gradient.
+
+    A thousand tokens at a time: the logits of a whole micro-batch would be the largest tensor of the
+    step, and on the CPU mostly page faults (LOG.md).
+    """
+    leaf = hidden_BSD.detach().requires_grad_()
+    tokens, loss = targets_BS.numel(), 0.0
+    for hidden, targets in zip(
+        leaf.flatten(0, 1).split(HEAD_TOKENS), targets_BS.flatten().split(HEAD_TOKENS), strict=True
+    ):
+        with autocast(hidden.device, precision):
+            logits = model.lm_head(hidden)
+        part = F.cross_entropy(logits.float(), targets, reduction="sum") * (share / tokens)
+        part.backward()
+        loss += part.item()
+    assert leaf.grad is not None
+    return loss, leaf.grad
+
+
+def saved_as(config: ModelConfig) -> str:
+    """The Hugging Face architecture a model is saved as; if it is tenfold's own, why."""
+    family = family_for(config)
+    if family is NATIVE:
+        return f"{family.architecture} (no published family has {why_native(config)})"
+    return family.architecture
 
 
 def summarize(config: ModelConfig, settings: TrainSettings, progress: Progress) -> dict[str, Any]:

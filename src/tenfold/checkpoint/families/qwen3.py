@@ -8,9 +8,7 @@ from tenfold.config import ModelConfig
 
 def has_qwen3_attention(config: ModelConfig) -> bool:
     """Per-head QK-norm and whole-head rotation; Qwen3's `attention_bias` would bias o_proj too."""
-    return (
-        config.qk_norm == "head" and not config.attention_bias and config.partial_rotary_factor == 1
-    )
+    return config.qk_norm == "head" and not config.attention_bias and config.partial_rotary_factor == 1
 
 
 def refuse_other_attention(reader: HfReader) -> None:

@@ -1,0 +1,160 @@
+"""Generating: the KV cache, the sampler, stopping, streaming."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tenfold.config import ModelConfig
+from tenfold.engine.kv_cache import new_kv_cache
+from tenfold.engine.llm import Generation, generate_tokens
+from tenfold.engine.sampler import Sampler
+from tenfold.errors import TenfoldError
+from tenfold.model.transformer import Transformer
+from tenfold.sampling import SamplingParams
+from tenfold.tokenizer import Tokenizer, train_bpe
+
+SPARSE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def model_of(**fields: object) -> Transformer:
+    config = ModelConfig(**{"vocab_size": 300, "max_position_embeddings": 64, **SPARSE, **fields})
+    return Transformer(config.model_copy(update={"initializer_range": 0.2})).init_weights(0).eval()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"router": "sigmoid", "n_shared_experts": 1},
+        {"router": "switch", "num_experts_per_tok": 1},
+        {"num_key_value_heads": 1, "qk_norm": "full", "partial_rotary_factor": 0.5},
+        {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0},
+    ],
+)
+def test_cached_logits_equal_uncached(fields: dict[str, object]) -> None:
+    """Prefill in pieces of several sizes, then one by one."""
+    model = model_of(**fields)
+    ids = torch.randint(0, 300, (2, 20))
+    cache = new_kv_cache(model.config, 2, 20, torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        whole = model(ids)
+        pieces, start = [], 0
+        for size in (7, 5, 1, 4, 1, 1, 1):
+            pieces.append(model(ids[:, start : start + size], cache, start))
+            start += size
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_tokens_are_the_likeliest_without_a_cache() -> None:
+    model, prompt = model_of(), [5, 17, 200]
+    got = list(generate_tokens(model, prompt, SamplingParams(max_tokens=12, temperature=0)))
+    ids = list(prompt)
+    for token in got:
+        with torch.inference_mode():
+            assert token == int(model(torch.tensor([ids]))[0, -1].argmax())
+        ids.append(token)
+    assert len(got) == 12
+
+
+def test_same_seed_same_tokens_and_other_seed_others() -> None:
+    model = model_of()
+
+    def run(seed: int) -> list[int]:
+        return list(generate_tokens(model, [1], SamplingParams(max_tokens=20, seed=seed)))
+
+    assert run(1) == run(1) != run(2)
+
+
+def test_the_context_bounds_what_is_generated() -> None:
+    model = model_of()
+    assert len(list(generate_tokens(model, [1] * 60, SamplingParams(max_tokens=50)))) == 4
+    with pytest.raises(TenfoldError, match="max_position_embeddings"):
+        next(generate_tokens(model, [1] * 64, SamplingParams()))
+    with pytest.raises(TenfoldError, match="empty"):
+        next(generate_tokens(model, [], SamplingParams()))
+
+
+def kept(logits: list[float], **params: object) -> list[float]:
+    sampler = Sampler(SamplingParams(**params))
+    return sampler.probabilities(torch.tensor(logits)).tolist()
+
+
+LOG_HALVES = [float(torch.tensor(p).log()) for p in (0.5, 0.25, 0.15, 0.1)]
+
+
+def test_filters_of_a_known_distribution() -> None:
+    assert kept(LOG_HALVES) == pytest.approx([0.5, 0.25, 0.15, 0.1])
+    assert kept(LOG_HALVES, top_k=2) == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert kept(LOG_HALVES, top_p=0.7) == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert kept(LOG_HALVES, top_p=0.01) == pytest.approx([1, 0, 0, 0])
+    assert kept(LOG_HALVES, min_p=0.29) == pytest.approx([5 / 9, 2.5 / 9, 1.5 / 9, 0])
+    hot = [p**0.5 for p in (0.5, 0.25, 0.15, 0.1)]
+    assert kept(LOG_HALVES, temperature=2.0) == pytest.approx([p / sum(hot) for p in hot])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(-50, 50), min_size=1, max_size=30),
+    st.floats(0.01, 5),
+    st.none() | st.integers(1, 40),
+    st.floats(0.001, 1),
+    st.floats(0, 1),
+)
+def test_whatever_the_filters_the_likeliest_stays(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float, min_p: float
+) -> None:
+    probs = kept(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert sum(probs) == pytest.approx(1, abs=1e-4)
+    assert max(probs) == probs[logits.index(max(logits))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(train_bpe(iter(["the cat sat on the mat", "café ☕ naïve"]), 300), 0)
+
+
+class Scripted(torch.nn.Module):
+    """A model that says what it is told to, whatever it reads."""
+
+    def __init__(self, tokens: list[int], vocab: int):
+        super().__init__()
+        self.config = ModelConfig(vocab_size=vocab, eos_token_id=0)
+        self.embed_tokens = torch.nn.Embedding(vocab, 1)
+        self.tokens = iter(tokens)
+
+    def forward(self, ids: torch.Tensor, *_: object) -> torch.Tensor:
+        logits = torch.zeros(1, ids.shape[1], self.config.vocab_size)
+        logits[0, -1, next(self.tokens)] = 1
+        return logits
+
+
+def scripted(text: str, tokenizer: Tokenizer, **params: object) -> Generation:
+    model = Scripted([*tokenizer.encode(text), 0], tokenizer.vocab_size)
+    greedy = SamplingParams(temperature=0, **params)
+    return Generation(model, tokenizer, "the", greedy)
+
+
+@pytest.mark.parametrize("text", ["the cat sat", "café ☕ naïve", "☕☕", "a\nb  c"])
+def test_the_pieces_are_the_text(text: str, tokenizer: Tokenizer) -> None:
+    generation = scripted(text, tokenizer)
+    pieces = list(generation)
+    assert "".join(pieces) == generation.text == text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+    assert generation.finish_reason == "stop"
+
+
+def test_a_stop_string_ends_the_text_and_no_part_of_it_is_shown(tokenizer: Tokenizer) -> None:
+    generation = scripted("the cat sat on the mat", tokenizer, stop=["at on"])
+    assert "".join(generation) == "the cat s"
+    assert generation.finish_reason == "stop"
+
+
+def test_a_half_stop_string_is_text_after_all(tokenizer: Tokenizer) -> None:
+    assert "".join(scripted("the cat", tokenizer, stop=["cats"])) == "the cat"
+
+
+def test_max_tokens_is_named_as_the_reason(tokenizer: Tokenizer) -> None:
+    generation = scripted("the cat sat on the mat", tokenizer, max_tokens=2).finish()
+    assert generation.finish_reason == "length"
+    assert len(generation.tokens) == 2
