@@ -9,7 +9,6 @@ from tenfold.model.transformer import Transformer
 from tenfold.train.muon import StackedMuon
 from tenfold.train.settings import TrainSettings
 
-
 ADAMW_SHARE = 0.5
 """AdamW's learning rate beside Muon's."""
 

@@ -137,7 +137,11 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        record: dict[str, Any] = {"loss": loss, "grad_norm": norm, "learning_rate": settings.learning_rate * factor}
+        record: dict[str, Any] = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": settings.learning_rate * factor,
+        }
         if meter.loads:
             record |= {"balance_loss": balance_loss, **meter.summary()}
         return record
