@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tenfold.compare import three_configs
 from tenfold.train.data import prepare, with_tokenizer
@@ -40,8 +41,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bits = bits_per_byte(TrainSettings(seed=seed), Path(folder))
         ratio = bits["sparse"] / bits["dense_active"]
-        row = {"name": f"seed {seed}", "ours": bits["sparse"], "peer": bits["dense_active"]}
-        rows.append(row | {"ratio": ratio, "target": 0.98, "unit": "bits/byte"})
+        row: dict[str, Any] = {"name": f"seed {seed}", "unit": "bits/byte", "target": 0.98}
+        rows.append(row | {"ours": bits["sparse"], "peer": bits["dense_active"], "ratio": ratio})
     if arguments.json:
         print(json.dumps({"rows": rows}))
         return

@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [--rounds 10] [--json]
 
-Whole processes are timed, in turn; "ours" is the median in seconds, less is better, "peer" is the
-same interpreter doing nothing.
+Whole processes are timed, in turn; "ours" is the median in seconds, and the target is at most this
+many seconds. Bare python is there for scale.
 """
 
 import argparse
@@ -14,11 +14,8 @@ import sys
 import time
 
 TARGET = 0.5
-COMMANDS = {
-    "python -c pass": "pass",
-    "import tenfold": "import tenfold",
-    "tenfold --help": "import sys; sys.argv = ['tenfold', '--help']; from tenfold.cli import main; main()",
-}
+RUN = "import sys; sys.argv = ['tenfold', '--help']; from tenfold.cli import main; main()"
+COMMANDS = {"python": ("pass", None), "import": ("import tenfold", TARGET), "--help": (RUN, TARGET)}
 
 
 def seconds(code: str) -> float:
@@ -34,19 +31,24 @@ def main() -> None:
     arguments = parser.parse_args()
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(arguments.rounds):
-        for name, code in COMMANDS.items():
+        for name, (code, _) in COMMANDS.items():
             times[name].append(seconds(code))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    peer = median.pop("python -c pass")
     rows = [
-        {"name": name, "ours": t, "peer": peer, "ratio": t / peer, "target": TARGET, "unit": "s"}
-        for name, t in median.items()
+        {
+            "name": name,
+            "ours": statistics.median(times[name]),
+            "peer": None,
+            "ratio": None,
+            "target": target,
+            "unit": "s",
+        }
+        for name, (_, target) in COMMANDS.items()
     ]
     if arguments.json:
         print(json.dumps({"rows": rows}))
         return
     for row in rows:
-        print(f"{row['name']:<16} {row['ours']:.3f} s (target {TARGET} s; bare python {peer:.3f} s)")
+        print(f"{row['name']:<8} {row['ours']:.3f} s  (target {row['target']})")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ BAD = [
     ((*TRAIN, "--device", "abacus"), "abacus"),
     ((*TRAIN, "--data", "nowhere.txt"), "nowhere.txt"),
     ((*TRAIN, "--config", "nowhere.toml"), "TOML"),
-    ((*TRAIN, "--seq-len", 4096), "max_position_embeddings"),
+    ((*TRAIN, "--seq-len", 4096, "--tokens", 10**6), "max_position_embeddings"),
     (("generate", "nowhere"), "nowhere"),
     (("inspect", "qwen3-30b"), "qwen3-30b-a3b"),
     (("trian",), "train"),
@@ -110,7 +110,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "empty"), (b"\x00\x01\x02", "binary"), (b"too short", "give more")],
+    [(b"", "empty"), (b"\x00\x01\x02", "NUL"), (b"too short", "give more")],
 )
 def test_bad_text_is_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes, words: str

@@ -121,12 +121,13 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.config = ModelConfig(vocab_size=vocab, eos_token_id=0)
         self.embed_tokens = torch.nn.Embedding(vocab, 1)
+        self.lm_head = torch.nn.Identity()
         self.tokens = iter(tokens)
 
-    def forward(self, ids: torch.Tensor, *_: object) -> torch.Tensor:
+    def hidden_states(self, ids: torch.Tensor, *_: object) -> tuple[torch.Tensor, list]:
         logits = torch.zeros(1, ids.shape[1], self.config.vocab_size)
         logits[0, -1, next(self.tokens)] = 1
-        return logits
+        return logits, []
 
 
 def scripted(text: str, tokenizer: Tokenizer, **params: object) -> Generation:
@@ -152,6 +153,19 @@ def test_a_stop_string_ends_the_text_and_no_part_of_it_is_shown(tokenizer: Token
 
 def test_a_half_stop_string_is_text_after_all(tokenizer: Tokenizer) -> None:
     assert "".join(scripted("the cat", tokenizer, stop=["cats"])) == "the cat"
+
+
+def test_a_stop_string_that_ends_inside_a_character_is_not_begun(tokenizer: Tokenizer) -> None:
+    """The token before it ends in half a character: what is sure of it may be a stop string begun."""
+    generation = scripted("ab☕cd", tokenizer, stop=["ab☕"])
+    assert "".join(generation) == ""
+
+
+def test_the_context_running_out_is_no_stop(tokenizer: Tokenizer) -> None:
+    model = model_of(eos_token_id=None)
+    generation = Generation(model, tokenizer, "the cat", SamplingParams(max_tokens=500, seed=0)).finish()
+    assert generation.finish_reason == "length"
+    assert len(generation.tokens) + len(generation.prompt_ids) == 64
 
 
 def test_max_tokens_is_named_as_the_reason(tokenizer: Tokenizer) -> None:

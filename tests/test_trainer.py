@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ COMMAND = "from tenfold.cli import main; main()"
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    text = (folder / "metrics.jsonl").read_text()
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [(record["step"], record["loss"]) for record in map(json.loads, lines)]
 
 
@@ -41,7 +43,7 @@ def test_it_learns_and_leaves_a_model(whole: Path) -> None:
     assert result["tokens"] == 24 * 4 * 32
     assert result["curve"][-1]["bits_per_byte"] == result["val_bits_per_byte"]
     assert len(result["curve"]) == 3
-    assert load_model(result["path"]).config.num_experts == 8
+    assert load_model(whole / "model").config.num_experts == 8
     assert result["saved_as"] == "Qwen3MoeForCausalLM"
     assert len(list((whole / "checkpoints").iterdir())) == 2
     assert list((whole / "tensorboard").iterdir())
@@ -50,31 +52,68 @@ def test_it_learns_and_leaves_a_model(whole: Path) -> None:
 def test_routing_is_logged_for_each_layer(whole: Path) -> None:
     record = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
     for name in ("load_cv", "max_vio", "dead_experts", "router_entropy", "dropped"):
-        assert len(record[name]) == 2
+        assert len(record[name]) == 1
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.15])
-def test_killed_and_resumed_the_losses_are_the_same(
-    whole: Path, tiny: TrainSettings, tmp_path: Path, delay: float
-) -> None:
-    out = tmp_path / "run"
-    model = [f"--model.{k}={v}" for k, v in tiny.model.model_dump(exclude_none=True).items()]
+def command(settings: TrainSettings, out: Path) -> list[str]:
+    model = [f"--model.{k}={v}" for k, v in settings.model.model_dump(exclude_none=True).items()]
     fields = ("tokens", "batch_size", "seq_len", "evaluations", "checkpoint_every", "precision")
-    options = [f"--{name}={getattr(tiny, name)}" for name in fields]
-    command = [sys.executable, "-c", COMMAND, "train", "--out", str(out), *options, *model]
-    command += ["--data", tiny.data[0]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while not list(out.glob("checkpoints/step-*")):
+    options = [f"--{name}={getattr(settings, name)}" for name in (*fields, "bias_update_rate")]
+    run = [sys.executable, "-c", COMMAND, "train", "--out", str(out), "--data", settings.data[0]]
+    return [*run, *options, *model]
+
+
+def kill_when(ready: Callable[[], bool], settings: TrainSettings, out: Path, environment: dict) -> None:
+    """Start a run in another process, and kill -9 it as soon as `ready`."""
+    process = subprocess.Popen(command(settings, out), env=environment, stderr=subprocess.DEVNULL)
+    while not ready():
         assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    time.sleep(delay)
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "result.json").exists()
-    finished = subprocess.run([*command, "--resume"], env=environment, capture_output=True)
-    assert finished.returncode == 0, finished.stderr.decode()
+
+
+def resume(settings: TrainSettings, out: Path, environment: dict) -> None:
+    done = subprocess.run([*command(settings, out), "--resume"], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_killed_at_three_moments_and_resumed_the_losses_are_the_same(
+    tiny: TrainSettings, tmp_path: Path
+) -> None:
+    """In bf16, on two threads, with the aux-loss-free bias: all that a run's state can hold.
+
+    Killed before the first checkpoint, while one is being written, and between two.
+    """
+    sizes = tiny.model.model_dump(exclude_none=True) | {"router": "sigmoid"}
+    changes = {"model": sizes, "precision": "bfloat16", "bias_update_rate": 0.01}
+    settings = TrainSettings.model_validate(tiny.model_dump() | changes)
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    done = subprocess.run(command(settings, whole), env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
+    kill_when(lambda: metrics.exists() and metrics.stat().st_size > 0, settings, out, environment)
+    resuming = [*command(settings, out), "--resume"]
+    for ready in (
+        lambda: any(checkpoints.glob(".step-*")),
+        lambda: len(losses(out)) > 12 and any(checkpoints.glob("step-*")),
+    ):
+        process = subprocess.Popen(resuming, env=environment, stderr=subprocess.DEVNULL)
+        while not ready() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    resume(settings, out, environment)
     assert losses(out) == losses(whole)
+    assert not [*out.glob(".*"), *checkpoints.glob(".*")]
+
+
+def test_killed_while_it_starts_the_folder_can_be_used(tiny: TrainSettings, tmp_path: Path) -> None:
+    (tmp_path / ".run.json.1234abcd").write_text("{")
+    assert train(tiny, tmp_path, resume=False)["tokens"] == 24 * 4 * 32
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_micro_batches_see_the_same_tokens_and_reach_the_same_losses(
@@ -110,7 +149,8 @@ def test_ctrl_c_saves_and_resumes(whole: Path, tiny: TrainSettings, tmp_path: Pa
 
 def test_a_finished_run_is_not_run_again(whole: Path, tiny: TrainSettings) -> None:
     before = (whole / "metrics.jsonl").stat().st_mtime_ns
-    assert train(tiny, whole, resume=True) == json.loads((whole / "result.json").read_text())
+    saved = json.loads((whole / "result.json").read_text())
+    assert train(tiny, whole, resume=True) == saved | {"path": str(whole / "model")}
     assert (whole / "metrics.jsonl").stat().st_mtime_ns == before
 
 

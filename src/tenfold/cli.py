@@ -1,6 +1,7 @@
 """The command line: one verb is one function that parses and calls one module."""
 
 import json as json_
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ app = App(
 
 Flat = Parameter(name="*")
 Json = Annotated[bool, Parameter(negative="", help="print one JSON object instead of a table")]
+Context = Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1))]
 Resume = Annotated[bool, Parameter(negative="", help="go on with the run that is in --out")]
 
 
@@ -59,6 +61,8 @@ def train(
 ) -> None:
     """Train one model, and save it as a Hugging Face directory.
 
+    Settings may also come from a TOML file, named with --config FILE.
+
     Parameters
     ----------
     out
@@ -82,6 +86,8 @@ def compare(
     json: Json = False,
 ) -> None:
     """Train, or take trained, a sparse model and its two dense twins; report on three axes.
+
+    Settings may also come from a TOML file, named with --config FILE.
 
     Parameters
     ----------
@@ -132,7 +138,7 @@ def generate(
 
 
 @app.command
-def inspect(model: str, /, *, context: int = 4096, json: Json = False) -> None:
+def inspect(model: str, /, *, context: Context = 4096, json: Json = False) -> None:
     """Count a model's parameters, FLOPs and bytes from its config.
 
     Parameters
@@ -156,7 +162,7 @@ def _print_report(report: dict[str, Any], out: Path, json: bool) -> None:
     console = Console()
     for axis, sentence in report["verdicts"].items():
         console.print(f"[bold]{axis}[/bold]: {sentence}\n", highlight=False)
-    console.print(f"report: {out / 'report.html'}", highlight=False)
+    console.print(f"report: {out / 'report.html'}", highlight=False, markup=False)
 
 
 def _print_table(values: dict[str, Any], title: str, json: bool) -> None:
@@ -187,20 +193,35 @@ def _cell(value: Any) -> str:
 
 def _use_config_file(arguments: list[str]) -> list[str]:
     """Take `--config FILE` out: its TOML fills in what the command line leaves open."""
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    app.config = []
     if "--config" not in arguments:
         return arguments
     at = arguments.index("--config")
     if at + 1 == len(arguments) or not Path(arguments[at + 1]).is_file():
         raise TenfoldError("--config: name a TOML file that is there")
-    app.config = [cyclopts.config.Toml(arguments[at + 1], use_commands_as_keys=False)]
+    app.config = [_toml(arguments[at + 1])]
     return arguments[:at] + arguments[at + 2 :]
+
+
+def _toml(file: str) -> cyclopts.config.Toml:
+    import tomllib
+
+    try:
+        tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TenfoldError(f"{file}: not TOML ({error})") from None
+    return cyclopts.config.Toml(file, use_commands_as_keys=False)
 
 
 def main() -> None:
     """Run the command line. Exit status 2 for bad input, 130 after Ctrl-C."""
     try:
         app(_use_config_file(sys.argv[1:]), exit_on_error=False, print_error=False)
-    except (TenfoldError, cyclopts.CycloptsError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (TenfoldError, cyclopts.CycloptsError, OSError) as error:
         print(f"tenfold: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:

@@ -11,12 +11,13 @@ from tenfold.device import pick_device, pick_precision
 from tenfold.engine.llm import Generation
 from tenfold.engine.meter import decode_tokens_per_second
 from tenfold.errors import TenfoldError
-from tenfold.files import read_json, write_json, write_text, writing
+from tenfold.files import write_json, write_text, writing
 from tenfold.report.page import render
 from tenfold.report.verdict import judge
 from tenfold.sampling import SamplingParams
 from tenfold.train.data import TokenData, prepare, with_tokenizer
 from tenfold.train.settings import TrainSettings, resolve_config
+from tenfold.train.state import RunFolder
 from tenfold.train.trainer import Trainer
 
 WEIGHTS = "float32"
@@ -37,12 +38,16 @@ def compare(
     report.json holds. Raises TenfoldError if the runs do not compare like with like.
     """
     start = time.perf_counter()
+    if out.exists() and not out.is_dir():
+        raise TenfoldError(f"{out} is a file; --out names a folder")
     if not resume and out.exists() and any(out.iterdir()):
         raise TenfoldError(f"{out} is not empty: continue it with --resume, or choose another --out")
+    pick_device(settings.device)
     results = {name: _taken_result(folder) for name, folder in (taken or {}).items()}
     sparse = load_config(results["sparse"]["path"]) if "sparse" in results else resolve_config(settings)
     three_configs(sparse)
-    data = prepare(settings.data, settings.tokenizer, sparse.vocab_size)
+    vocab_size = results["sparse"]["vocab_size"] if "sparse" in results else sparse.vocab_size
+    data = prepare(settings.data, settings.tokenizer, vocab_size)
     configs = three_configs(with_tokenizer(sparse, data))
     _check_alike(results, configs, settings, data)
     for name, config in configs.items():
@@ -52,6 +57,8 @@ def compare(
     measured = _measure(models, data, settings.seq_len)
     report = {
         "seconds": time.perf_counter() - start,
+        "resumed": resume or bool(taken),
+        "decode_device": "cpu",
         "models": models,
         "weights": WEIGHTS,
         "data": settings.data,
@@ -81,7 +88,7 @@ def three_configs(sparse: ModelConfig) -> dict[str, ModelConfig]:
 def _taken_result(folder: Path) -> Result:
     if not (folder / "result.json").is_file():
         raise TenfoldError(f"{folder}: no finished training run is there (no result.json)")
-    return {**read_json(folder / "result.json"), "path": str(folder / "model")}
+    return RunFolder(folder).read_result()
 
 
 def _check_alike(
@@ -96,6 +103,11 @@ def _check_alike(
         wanted = {field: taken["sparse"][field] for field in wanted} | {"data_key": data.key}
     for name, result in taken.items():
         for field, value in wanted.items():
+            if field == "data_key" and result[field] != value:
+                raise TenfoldError(
+                    f"{result['path']}: trained on other text or with another tokenizer; name the same"
+                    " --data and --tokenizer"
+                )
             if result[field] != value:
                 raise TenfoldError(f"{result['path']}: {field} is {result[field]!r}, not {value!r}")
         params = configs[name].num_params()
@@ -132,7 +144,8 @@ def _measure(results: dict[str, Result], data: TokenData, seq_len: int) -> dict[
         results[name]["weight_bytes_per_token"] = model.config.weight_bytes_per_token(WEIGHTS)
         results[name]["decode_tokens_per_second"] = speeds[name]
     experts = specialization.measure(models["sparse"], data, seq_len)
-    opening = data.tokenizer.decode(data.valid[:SAMPLE_PROMPT_TOKENS].tolist())
+    size = min(SAMPLE_PROMPT_TOKENS, models["sparse"].config.max_position_embeddings // 2)
+    opening = data.tokenizer.decode(data.valid[:size].tolist())
     params = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=0)
     sample = Generation(models["sparse"], data.tokenizer, opening, params)
     sample.finish()

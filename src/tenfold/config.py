@@ -118,6 +118,8 @@ class ModelConfig(BaseModel):
             found.append(f"mlp_only_layers {list(self.mlp_only_layers)} names a layer that is not there")
         if self.router == "switch" and K != 1:
             found.append(f"router switch is top-1, so num_experts_per_tok must be 1, not {K}")
+        if self.router in ("switch", "expert_choice") and self.routed_scaling_factor != 1:
+            found.append(f"router {self.router} has no routed_scaling_factor: leave it at 1")
         if self.n_group > 1 or self.topk_group > 1:
             found.extend(self._group_problems())
         return found
@@ -212,7 +214,8 @@ class ModelConfig(BaseModel):
 
     def train_flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs of one token: forward and twice that backward, at the mean causal context."""
-        return 3 * self.flops_per_token((seq_len + 1) // 2)
+        width = self.num_attention_heads * self.head_dim
+        return 3 * (self.flops_per_token(0) + 2 * (seq_len + 1) * width * self.num_hidden_layers)
 
     def weight_bytes_per_token(self, dtype: str) -> int:
         """Bytes of weights one generated token reads: all that is active, and one embedding row."""

@@ -12,8 +12,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise TenfoldError(f"device: {name} is not on this machine; use cpu or auto") from None
     return torch.device(name)
 

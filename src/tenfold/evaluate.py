@@ -1,11 +1,11 @@
 """How well a model predicts text it has not seen."""
 
 import torch
-import torch.nn.functional as F
 
 from tenfold.device import autocast
 from tenfold.model.transformer import Transformer
 from tenfold.train.data import TokenData
+from tenfold.train.loss import nats_by_piece
 
 
 @torch.inference_mode()
@@ -19,9 +19,9 @@ def bits_per_byte(
     nats, tokens = 0.0, 0
     for inputs_BS, targets_BS in data.validation_batches(seq_len, batch_size):
         with autocast(device, precision):
-            logits_BSV = model(inputs_BS.to(device))
-        targets_T = targets_BS.to(device).flatten()
-        nats += F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_T, reduction="sum").item()
-        tokens += len(targets_T)
+            hidden_BSD, _ = model.hidden_states(inputs_BS.to(device))
+        targets_BS = targets_BS.to(device)
+        nats += sum(part.item() for part in nats_by_piece(model, hidden_BSD, targets_BS, precision))
+        tokens += targets_BS.numel()
     model.train(was_training)
     return data.bits_per_byte(nats, tokens)

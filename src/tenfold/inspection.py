@@ -6,6 +6,7 @@ from typing import Any
 from tenfold.checkpoint import load_config
 from tenfold.checkpoint.families import family_for
 from tenfold.config import BYTES_PER_WEIGHT, ModelConfig
+from tenfold.errors import TenfoldError
 from tenfold.presets import load_preset
 
 
@@ -13,6 +14,8 @@ def find_config(name: str) -> ModelConfig:
     """The config of a model directory, or of the preset called `name`."""
     if Path(name).is_dir():
         return load_config(Path(name))
+    if "/" in name:
+        raise TenfoldError(f"{name}: no such model directory")
     return load_preset(name)
 
 

@@ -12,6 +12,8 @@ from tenfold.train.data import TokenData
 
 KINDS = ("whitespace", "keyword", "word", "number", "punctuation", "mixed")
 
+MIN_TOKENS = 50
+
 
 @dataclass(frozen=True)
 class Specialization:
@@ -40,13 +42,14 @@ class Specialization:
     def strongest(self, layer: int, count: int = 3) -> list[tuple[int, str, float]]:
         """The clearest preferences of a sparse layer: expert, kind, how many times the usual share.
 
-        Experts that a kind hardly uses are left out: their ratios are noise.
+        Cells of fewer than MIN_TOKENS are left out: their ratios are noise.
         """
         n = torch.tensor(self.tokens_by_kind[layer], dtype=torch.float64)
-        lift = torch.tensor(self.preference[layer]) * (n >= 0.005 * n.sum(1, keepdim=True).sum())
+        lift = torch.tensor(self.preference[layer]) * (n >= MIN_TOKENS)
         best = lift.flatten().argsort(descending=True)[:count].tolist()
         experts = lift.shape[1]
-        return [(i % experts, KINDS[i // experts], float(lift.flatten()[i])) for i in best]
+        found = [(i % experts, KINDS[i // experts], float(lift.flatten()[i])) for i in best]
+        return [preference for preference in found if preference[2] > 0]
 
 
 @torch.inference_mode()

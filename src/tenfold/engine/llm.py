@@ -1,11 +1,11 @@
 """Generating text with a model: prefill the prompt, then decode token by token."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.decoders import DecodeStream
 
 from tenfold.checkpoint import load_model
 from tenfold.engine.kv_cache import new_kv_cache
@@ -39,7 +39,8 @@ def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: Sampl
     step = torch.tensor([list(prompt_ids)], device=weight.device)
     position = 0
     for _ in range(wanted):
-        token = sampler(model(step, cache, position)[0, -1])
+        hidden_BSD, _ = model.hidden_states(step, cache, position)
+        token = sampler(model.lm_head(hidden_BSD[0, -1]))
         if token == config.eos_token_id:
             return
         yield token
@@ -47,38 +48,59 @@ def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: Sampl
         step = torch.tensor([[token]], device=weight.device)
 
 
-@dataclass
 class Generation:
-    """Text as it is generated: iterate for the pieces; afterwards `text`, `tokens`, `finish_reason`."""
+    """Text as it is generated: iterate for the pieces; then `text`, `tokens` and `finish_reason`.
 
-    model: Transformer
-    tokenizer: Tokenizer
-    prompt: str
-    params: SamplingParams
-    text: str = ""
-    finish_reason: str = "length"
+    `finish_reason` is "stop" at the end of the text or at a stop string, "length" where `max_tokens`
+    or the model's context ran out.
+    """
 
-    def __post_init__(self) -> None:
-        self.prompt_ids = self.tokenizer.encode(self.prompt)
-        if not self.prompt_ids and self.tokenizer.eos_token_id is not None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, prompt: str, params: SamplingParams):
+        self.model, self.tokenizer, self.params = model, tokenizer, params
+        self.prompt_ids = tokenizer.encode(prompt)
+        if not self.prompt_ids and tokenizer.eos_token_id is not None:
             # A text begins where the one before it ended: that is how the model was trained.
-            self.prompt_ids = [self.tokenizer.eos_token_id]
+            self.prompt_ids = [tokenizer.eos_token_id]
         self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason = "length"
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text that no later token can change and no stop string will take back."""
+        stream, whole = DecodeStream(skip_special_tokens=False), ""
+        room = self.model.config.max_position_embeddings - len(self.prompt_ids)
         for token in generate_tokens(self.model, self.prompt_ids, self.params):
             self.tokens.append(token)
-            whole = self.tokenizer.decode(self.tokens)
-            cut = min((at for s in self.params.stop if (at := whole.find(s)) >= 0), default=-1)
-            if cut >= 0:
+            whole += stream.step(self.tokenizer.raw, token) or ""
+            if (cut := self._stop_at(whole)) is not None:
                 self.finish_reason = "stop"
                 yield from self._advance(whole[:cut])
                 return
-            yield from self._advance(whole[: len(whole) - self._unsure(whole)])
-        if len(self.tokens) < self.params.max_tokens:
+            yield from self._advance(whole[: len(whole) - self._begun_stop(whole)])
+        if len(self.tokens) < min(self.params.max_tokens, room):
             self.finish_reason = "stop"
         yield from self._advance(self.tokenizer.decode(self.tokens))
+
+    def _stop_at(self, whole: str) -> int | None:
+        found = [at for stop in self.params.stop if (at := whole.find(stop)) >= 0]
+        return min(found, default=None)
+
+    def _begun_stop(self, whole: str) -> int:
+        """How many last characters may be the beginning of a stop string."""
+        return max(
+            (
+                size
+                for stop in self.params.stop
+                for size in range(1, min(len(stop), len(whole) + 1))
+                if whole.endswith(stop[:size])
+            ),
+            default=0,
+        )
+
+    def _advance(self, text: str) -> Iterator[str]:
+        if len(text) > len(self.text):
+            piece, self.text = text[len(self.text) :], text
+            yield piece
 
     def finish(self) -> "Generation":
         """Generate to the end without showing it."""
@@ -95,23 +117,13 @@ class Generation:
             "finish_reason": self.finish_reason,
         }
 
-    def _advance(self, text: str) -> Iterator[str]:
-        if len(text) > len(self.text):
-            piece, self.text = text[len(self.text) :], text
-            yield piece
-
-    def _unsure(self, whole: str) -> int:
-        """How many last characters may still change: a part of a character, or of a stop string."""
-        broken = len(whole) - len(whole.rstrip("\N{REPLACEMENT CHARACTER}"))
-        starts = (
-            size
-            for stop in self.params.stop
-            for size in range(1, min(len(stop), len(whole) + 1))
-            if whole.endswith(stop[:size])
-        )
-        return max(broken, max(starts, default=0))
-
 
 def load_generation(directory: Path, prompt: str, params: SamplingParams) -> Generation:
     """A generation with the model and tokenizer of a saved directory."""
-    return Generation(load_model(directory), load_tokenizer(directory), prompt, params)
+    model, tokenizer = load_model(directory), load_tokenizer(directory)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise TenfoldError(
+            f"{directory}: tokenizer.json has {tokenizer.vocab_size} tokens, more than the model's"
+            f" vocab_size {model.config.vocab_size}"
+        )
+    return Generation(model, tokenizer, prompt, params)

@@ -28,6 +28,7 @@ class Sampler:
 
         The likeliest token always stays.
         """
+        logits_V = logits_V - logits_V.max()
         probs, ids = (logits_V / self.params.temperature).softmax(-1).sort(descending=True)
         if self.params.top_k:
             probs[self.params.top_k :] = 0

@@ -11,11 +11,13 @@ from tenfold.kernels import ACTIVATIONS, EMPTY_SLOT, compute_dtype
 ROW_BYTES = 16
 """torch's grouped_mm wants rows that are a multiple of this many bytes."""
 
-CPU_RUN_LENGTH = 64
-"""oneDNN compiles a bf16 product anew for every number of rows it has not met. Expert loads differ
-at every step, so runs are padded to a multiple of this: 1.5x faster training steps (LOG.md)."""
+SHORTEST_RUN = 128
+RUNS_PER_OCTAVE = 4
+"""oneDNN compiles a bf16 product anew for every number of rows it has not met, and expert loads are
+new at every step. Runs are padded to few lengths: multiples of 128, then a quarter of a power of two."""
 
 
+@torch.compiler.disable  # run lengths are data, and inductor takes grouped_mm in bf16 alone
 def experts(
     x_TD: Tensor,
     gate_up: Tensor,
@@ -30,7 +32,7 @@ def experts(
     act = ACTIVATIONS[activation]
     if len(x_TD) == 1 and not torch.is_grad_enabled():
         return _one_token(x_TD, gate_up, down, expert_ids_TK, expert_weights_TK, act)
-    slot, filled, ends_E = _sort_by_expert(expert_ids_TK, len(gate_up), _run_multiple(x_TD, len(gate_up)))
+    slot, filled, ends_E = _sort_by_expert(expert_ids_TK, len(gate_up), pad=_recompiles(x_TD, len(gate_up)))
     token = slot // expert_ids_TK.shape[1]
     weight = expert_weights_TK.flatten().index_select(0, slot) * filled
     hidden = act(_grouped_linear(x_TD.index_select(0, token), gate_up, ends_E))
@@ -39,14 +41,14 @@ def experts(
     return torch.zeros_like(x_TD).index_add(0, token, y)
 
 
-def _run_multiple(x_TD: Tensor, num_experts: int) -> int:
-    """What each expert's number of rows is padded to a multiple of."""
-    recompiles = x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16
-    return CPU_RUN_LENGTH if recompiles and len(x_TD) >= CPU_RUN_LENGTH * num_experts else 1
+def _recompiles(x_TD: Tensor, num_experts: int) -> bool:
+    """Whether odd run lengths cost more than padding them, as with many tokens in bf16 on the CPU."""
+    on_onednn = x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16
+    return on_onednn and len(x_TD) >= SHORTEST_RUN * num_experts
 
 
-def _sort_by_expert(expert_ids_TK: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots in order of expert, each expert's run padded with unfilled rows to a multiple.
+def _sort_by_expert(expert_ids_TK: Tensor, num_experts: int, pad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots in order of expert, each expert's run padded with unfilled rows if `pad`.
 
     Returns the slot of each row, 1 or 0 for a row that is filled or padding, and where each
     expert's run ends. Empty slots get no row.
@@ -55,13 +57,20 @@ def _sort_by_expert(expert_ids_TK: Tensor, num_experts: int, multiple: int) -> t
     load = (ids + 1).bincount(minlength=num_experts + 1)
     order = ids.argsort(stable=True)[int(load[0]) :]
     load_E = load[1:]
-    run_E = (load_E + multiple - 1) // multiple * multiple
+    run_E = _padded(load_E) if pad else load_E
     ends_E = run_E.cumsum(0)
     shift_E = (ends_E - run_E) - (load_E.cumsum(0) - load_E)
     row = torch.arange(len(order), device=ids.device) + shift_E[ids[order]]
     slot = order.new_zeros(int(ends_E[-1])).index_copy(0, row, order)
     filled = torch.zeros(len(slot), device=ids.device).index_fill(0, row, 1.0)
     return slot, filled, ends_E
+
+
+def _padded(load_E: Tensor) -> Tensor:
+    """Each load rounded up to the next length that runs may have; 0 stays 0."""
+    octave_E = load_E.clamp(min=1).log2().floor().exp2()
+    step_E = (octave_E / RUNS_PER_OCTAVE).clamp(min=SHORTEST_RUN).long()
+    return (load_E + step_E - 1) // step_E * step_E
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:

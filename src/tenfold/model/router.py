@@ -29,6 +29,7 @@ class RouterAux:
     dropped: Tensor
     """Token-expert pairs that found their expert full."""
     expert_ids_TK: Tensor
+    """As chosen, before any are dropped."""
     batch: int
 
 
@@ -54,12 +55,13 @@ class Router(nn.Module):
             scores_TE = logits_TE.sigmoid() if self.config.router == "sigmoid" else logits_TE.softmax(-1)
             ids, weights = _CHOOSE[self.config.router](self, scores_TE)
         load_E, dropped = count(ids, self.config.num_experts), ids.new_zeros(())
+        asked = ids
         if self.config.router == "switch" and self.training:
             ids, dropped = drop_over_capacity(ids, load_E, self.config.capacity_factor)
         probs_TE = scores_TE
         if self.config.router == "sigmoid":
-            probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-        return ids, weights, RouterAux(logits_TE, probs_TE, load_E, dropped, ids, len(x_BSD))
+            probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-20)
+        return ids, weights, RouterAux(logits_TE, probs_TE, load_E, dropped, asked, len(x_BSD))
 
     def softmax_topk(self, probs_TE: Tensor) -> Choice:
         """Top-k of the softmax over all experts (OLMoE, Qwen3-MoE)."""

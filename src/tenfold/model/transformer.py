@@ -48,7 +48,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def init_weights(self, seed: int) -> "Transformer":
-        """Normal(0, initializer_range) matrices, drawn in order of name from one seed on the CPU.
+        """Normal(0, initializer_range) matrices, drawn in order of depth from one seed on the CPU.
 
         Matrices that write to the residual stream are scaled by 1/sqrt(2 x layers) (GPT-2).
         """

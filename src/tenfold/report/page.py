@@ -30,6 +30,7 @@ def render(report: dict[str, Any]) -> str:
         .from_string(template)
         .render(
             report=report,
+            rival_names=plots.NAMES,
             names=[plots.NAMES[name] for name in models],
             table=table,
             curves=plots.learning_curves(models),

@@ -118,7 +118,7 @@ def preferences(experts: dict[str, Any]) -> str:
 def svg(figure: Figure) -> str:
     """The figure as an <svg> element, without the XML prologue, on a transparent ground."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

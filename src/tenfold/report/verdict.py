@@ -27,7 +27,7 @@ def speedup(sparse: Model, rival: Model, axis: str) -> float:
     """How many times less the sparse model spent to reach the worse of the two final losses.
 
     Below 1 it spent more. Curves are read between validation points by straight lines. The one
-    that ends better is read in mid-run, before its learning rate has decayed, which is to its
+    that ends better is read in mid-run, before its learning rate has fully decayed, which is to its
     disadvantage.
     """
     bits = max(sparse["val_bits_per_byte"], rival["val_bits_per_byte"])
@@ -50,25 +50,37 @@ def quality(models: dict[str, Model], speedups: dict[str, dict[str, float]]) -> 
     sparse, active, total = models["sparse"], models["dense_active"], models["dense_total"]
     bits = "val_bits_per_byte"
     return (
-        f"Same {sparse['tokens']:,} tokens: sparse needs {sparse[bits]:.4f} bits per byte,"
-        f" {percent(sparse[bits], active[bits], 'fewer', 'more')} than the dense twin of equal active"
-        f" parameters ({active[bits]:.4f}), whose final loss it reaches with"
-        f" {times(speedups['dense_active']['flops'], 'fewer', 'more')} FLOPs;"
-        f" {percent(sparse[bits], total[bits], 'fewer', 'more')} than the twin of equal total"
-        f" parameters ({total[bits]:.4f}), which spent"
-        f" {total['train_flops'] / sparse['train_flops']:.1f}x the training FLOPs."
+        f"Same {sparse['tokens']:,} tokens: sparse needs {sparse[bits]:.4f} bits per byte."
+        f" {outcome(sparse[bits] < active[bits])} against the dense twin of equal active parameters"
+        f" ({active[bits]:.4f}): {percent(sparse[bits], active[bits], 'fewer', 'more')};"
+        f" {to_equal_loss(sparse, active, speedups['dense_active'])}."
+        f" {outcome(sparse[bits] < total[bits])} against the twin of equal total parameters"
+        f" ({total[bits]:.4f}): {percent(sparse[bits], total[bits], 'fewer', 'more')}, where the twin"
+        f" spent {total['train_flops'] / sparse['train_flops']:.1f}x the training FLOPs;"
+        f" {to_equal_loss(sparse, total, speedups['dense_total'])}."
     )
+
+
+def to_equal_loss(sparse: Model, rival: Model, speedups: dict[str, float]) -> str:
+    """Who reaches the other's final loss, and with how much."""
+    if sparse["val_bits_per_byte"] <= rival["val_bits_per_byte"]:
+        who, gains = "it reaches the twin's final loss", speedups
+    else:
+        who, gains = "the twin reaches its final loss", {k: 1 / v for k, v in speedups.items()}
+    tokens, flops = times(gains["tokens"], "fewer", "more"), times(gains["flops"], "fewer", "more")
+    return f"{who} with {tokens} tokens and {flops} FLOPs"
 
 
 def wall_clock(models: dict[str, Model], speedups: dict[str, dict[str, float]]) -> str:
     speed = "train_tokens_per_second"
     sparse, active, total = models["sparse"], models["dense_active"], models["dense_total"]
+    seconds = {name: axes["seconds"] for name, axes in speedups.items()}
     return (
-        f"On the clock: {won_or_lost(speedups['dense_active']['seconds'])} against the equal-active"
-        f" twin, in {times(speedups['dense_active']['seconds'], 'less', 'more')} time to the same loss"
-        f" (it trains at {sparse[speed] / active[speed]:.2f}x the twin's tokens per second);"
-        f" {won_or_lost(speedups['dense_total']['seconds'])} against the equal-total twin, in"
-        f" {times(speedups['dense_total']['seconds'], 'less', 'more')} time"
+        f"To the same loss on the clock: {outcome(seconds['dense_active'] > 1).lower()} against the"
+        f" equal-active twin, with {times(seconds['dense_active'], 'less', 'more')} time (it trains at"
+        f" {sparse[speed] / active[speed]:.2f}x the twin's tokens per second);"
+        f" {outcome(seconds['dense_total'] > 1).lower()} against the equal-total twin, with"
+        f" {times(seconds['dense_total'], 'less', 'more')} time"
         f" ({sparse[speed] / total[speed]:.2f}x the tokens per second)."
     )
 
@@ -78,22 +90,33 @@ def generation_cost(models: dict[str, Model]) -> str:
     bytes_, speed = "weight_bytes_per_token", "decode_tokens_per_second"
     saved, gained = total[bytes_] / sparse[bytes_], sparse[speed] / total[speed]
     return (
-        f"A generated token reads {sparse[bytes_] / 1e6:.2f} MB of weights,"
-        f" {saved:.1f}x fewer than the equal-total twin ({total[bytes_] / 1e6:.2f} MB) and as many as"
-        f" the equal-active one ({active[bytes_] / 1e6:.2f} MB); measured at batch 1, it decodes at"
-        f" {sparse[speed]:,.0f} tokens per second, {gained:.2f}x the equal-total twin and"
-        f" {sparse[speed] / active[speed]:.2f}x the equal-active one." + hidden_gain(saved, gained)
+        f"{outcome(saved > 1)} on bytes: a generated token reads {sparse[bytes_] / 1e6:.2f} MB of weights,"
+        f" {times(saved, 'fewer', 'more')} than with the equal-total twin ({total[bytes_] / 1e6:.2f} MB) and"
+        f" about as many as with the equal-active one ({active[bytes_] / 1e6:.2f} MB)."
+        f" {outcome(gained > 1)} on the clock: at batch 1 it decodes {sparse[speed]:,.0f} tokens per"
+        f" second, {gained:.2f}x the equal-total twin and {sparse[speed] / active[speed]:.2f}x the"
+        f" equal-active one.{hidden_gain(saved, gained, total[bytes_])}"
     )
 
 
-def hidden_gain(saved: float, gained: float) -> str:
+CACHE_BYTES = 16e6
+"""Weights of less than this stay in the last-level cache of most processors."""
+
+
+def hidden_gain(saved: float, gained: float, largest_bytes: float) -> str:
     """Why the clock does not show the bytes, where it does not."""
     if gained > 0.8 * saved:
         return ""
+    if largest_bytes > CACHE_BYTES:
+        return " The clock shows less than the bytes."
     return (
-        " The clock shows less than the bytes: at this size the weights fit in the processor's"
+        " The clock shows less than the bytes: at this size every model's weights fit in the processor's"
         " cache, and the time goes to starting many small operations, of which a sparse layer has more."
     )
+
+
+def outcome(won: bool) -> str:
+    return "Sparse won" if won else "Sparse lost"
 
 
 def percent(ours: float, theirs: float, less: str, more: str) -> str:
@@ -103,7 +126,3 @@ def percent(ours: float, theirs: float, less: str, more: str) -> str:
 
 def times(speedup: float, less: str, more: str) -> str:
     return f"{speedup:.2f}x {less}" if speedup >= 1 else f"{1 / speedup:.2f}x {more}"
-
-
-def won_or_lost(speedup: float) -> str:
-    return "sparse won" if speedup > 1 else "sparse lost"

@@ -11,9 +11,11 @@ def train(settings: TrainSettings, out: Path, resume: bool) -> dict[str, Any]:
 
     Raises TenfoldError for bad settings or data, or a folder that holds something else.
     """
+    from tenfold.device import pick_device
     from tenfold.train.data import prepare, with_tokenizer
     from tenfold.train.trainer import Trainer
 
+    pick_device(settings.device)
     config = resolve_config(settings)
     data = prepare(settings.data, settings.tokenizer, config.vocab_size)
     return Trainer(with_tokenizer(config, data), settings, data, out, resume).run()

@@ -3,7 +3,7 @@
 Losses are computed for each layer and then averaged: pooled over layers they would hide a collapsed one.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,17 +58,14 @@ class BiasUpdate:
     """Aux-loss-free balancing (Wang et al. 2024, arXiv:2408.15664), run as a hook of the optimizer.
 
     After each step the selection bias of an expert that had more than its share falls by `rate`,
-    that of one that had less rises by it. Loads are summed over the step's micro-batches.
+    that of one that had less rises by it. Whoever runs the step sets `loads` before it.
     """
 
     def __init__(self, model: Transformer, rate: float):
         self.routers = routers(model)
         self.rate = rate
         self.loads: list[Tensor] = []
-
-    def observe(self, layers: Iterable[RouterAux]) -> None:
-        loads = [aux.load_E for aux in layers]
-        self.loads = [a + b for a, b in zip(self.loads, loads, strict=True)] if self.loads else loads
+        """Tokens per expert in the step, for each router, over all its micro-batches."""
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_post_hook(lambda *_: self._update())
@@ -77,4 +74,3 @@ class BiasUpdate:
         for router, load_E in zip(self.routers, self.loads, strict=True):
             load = load_E.float()
             router.bias += self.rate * torch.sign(load.mean() - load)
-        self.loads = []

@@ -144,7 +144,7 @@ def prepare(
     else:
         identity = _tokenizer_identity(tokenizer_path)
     split = survey(sources)
-    key = hashlib.sha256(b"%d %s " % (FORMAT, identity) + b"".join(sorted(split.sizes))).hexdigest()
+    key = hashlib.sha256(b"%d %s " % (FORMAT, identity) + b"".join(split.sizes)).hexdigest()
     cache = cache_dir or _default_cache()
     folder = cache / key
     if not folder.is_dir():
@@ -158,7 +158,7 @@ def prepare(
                 _publish(build, folder)
         except OSError as error:
             raise TenfoldError(
-                f"{cache}: the token cache cannot be written ({error.strerror});"
+                f"{cache}: the token cache cannot be written ({error.strerror or error});"
                 " set TENFOLD_CACHE to a folder that can"
             ) from None
     return _open(folder)

@@ -14,7 +14,7 @@ from tenfold.train.state import RunFolder
 class Reporter:
     """A context around the loop. After Ctrl-C, `stop_requested` is true; a second one stops at once."""
 
-    def __init__(self, folder: RunFolder, label: str, step: int, steps: int):
+    def __init__(self, folder: RunFolder, label: str, step: int, steps: int, layers: list[int]):
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
@@ -29,6 +29,7 @@ class Reporter:
         )
         self.task = self.bar.add_task(label, total=steps, completed=step, state="")
         self.label = label
+        self.layers = layers
         self.board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
         self.stop_requested = False
 
@@ -60,10 +61,11 @@ class Reporter:
         self.lines.write(json.dumps(record) + "\n")
         self.lines.flush()
         for name, value in record.items():
-            values = value if isinstance(value, list) else [value]
-            for layer, number in enumerate(values):
-                tag = f"{name}/layer{layer}" if isinstance(value, list) else name
-                self.board.add_scalar(tag, number, record["step"])
+            if isinstance(value, list):
+                for layer, number in zip(self.layers, value, strict=True):
+                    self.board.add_scalar(f"{name}/layer{layer}", number, record["step"])
+            else:
+                self.board.add_scalar(name, value, record["step"])
         self.bar.update(self.task, completed=record["step"], state=_state(record))
         if "bits_per_byte" in record:
             self.console.print(

@@ -63,9 +63,9 @@ class TrainSettings(BaseModel):
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="of matrix products; auto is bfloat16 where the machine has it"
     )
-    compile: bool = Field(False, description="torch.compile; pays on long runs, see LOG.md")
+    compile: bool = Field(False, description="torch.compile the layers; see LOG.md for when it pays")
     device: str = Field("auto", description="cpu, cuda, or auto")
-    seed: int = Field(0, ge=0, description="of the initial weights and the order of the data")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights and the order of the data")
 
     evaluations: int = Field(8, gt=0, description="validation points over the run")
     checkpoint_every: int = Field(50, gt=0, description="steps between checkpoints")
