@@ -6,8 +6,9 @@ One step is forward, cross-entropy, balance losses, backward and optimizer, on f
 standard library's source, at the demo's shape, batch and precision. Two comparisons, one after the
 other; within each the sides take turns in every round, and medians are compared. First the sparse
 model against its dense twins, with Muon, as the demo trains. Then against transformers, with AdamW on
-both sides: each experts implementation that it has for the CPU runs, with its own auxiliary loss, and
-the fastest counts.
+both sides: its eager and grouped_mm experts run, with its own auxiliary loss, and the faster counts (its
+batched_mm, which copies an expert for every token, was twenty times slower: LOG.md). Both sides get
+the allocator setting that tenfold trains with.
 """
 
 import argparse
@@ -21,14 +22,16 @@ import torch
 
 from tenfold.checkpoint.families import family_for
 from tenfold.config import ModelConfig
-from tenfold.device import autocast, pick_precision
+from tenfold.device import autocast, keep_freed_memory, pick_precision
 from tenfold.model.transformer import Transformer
 from tenfold.train.data import TokenData, TrainOrder, prepare
 from tenfold.train.loss import backward
 from tenfold.train.optimizer import build_optimizers
 from tenfold.train.settings import TrainSettings, resolve_config
 
-PEER_EXPERTS = ("eager", "batched_mm", "grouped_mm")
+PEER_EXPERTS = ("eager", "grouped_mm")
+WARM_UP = 8
+"""Rounds until oneDNN has compiled products for most of the loads that experts get."""
 Step = Callable[[torch.Tensor, torch.Tensor], None]
 
 
@@ -74,16 +77,16 @@ def peer_step(config: ModelConfig, settings: TrainSettings, experts: str) -> Ste
 def measure(
     steps: dict[str, Step], data: TokenData, settings: TrainSettings, rounds: int
 ) -> dict[str, float]:
-    """Median tokens a second of each, taking turns, after two rounds of warm-up."""
+    """Median tokens a second of each, taking turns, after WARM_UP rounds."""
     order = TrainOrder(data.train, settings.seq_len, seed=0)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 2):
+    for turn in range(rounds + WARM_UP):
         inputs, targets = order.batch(turn * settings.batch_size, settings.batch_size)
         for name, step in steps.items():
             start = time.perf_counter()
             step(inputs, targets)
             seconds[name].append(time.perf_counter() - start)
-    return {name: settings.step_tokens / statistics.median(s[2:]) for name, s in seconds.items()}
+    return {name: settings.step_tokens / statistics.median(s[WARM_UP:]) for name, s in seconds.items()}
 
 
 def rows(speed: dict[str, float]) -> list[dict[str, Any]]:
@@ -113,6 +116,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    keep_freed_memory()
     precision = pick_precision("auto", torch.device("cpu"))
     muon = TrainSettings(precision=precision)
     adamw = muon.model_copy(update={"optimizer": "adamw"})

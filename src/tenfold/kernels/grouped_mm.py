@@ -12,9 +12,9 @@ ROW_BYTES = 16
 """torch's grouped_mm wants rows that are a multiple of this many bytes."""
 
 SHORTEST_RUN = 128
-RUNS_PER_OCTAVE = 4
+RUNS_PER_OCTAVE = 8
 """oneDNN compiles a bf16 product anew for every number of rows it has not met, and expert loads are
-new at every step. Runs are padded to few lengths: multiples of 128, then a quarter of a power of two."""
+new at every step. Runs are padded to few lengths: multiples of 128, then an eighth of a power of two."""
 
 
 @torch.compiler.disable  # run lengths are data, and inductor takes grouped_mm in bf16 alone

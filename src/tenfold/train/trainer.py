@@ -9,7 +9,7 @@ import torch
 
 from tenfold.checkpoint import save_model
 from tenfold.config import ModelConfig
-from tenfold.device import pick_device, pick_precision
+from tenfold.device import keep_freed_memory, pick_device, pick_precision
 from tenfold.errors import TenfoldError
 from tenfold.evaluate import bits_per_byte
 from tenfold.files import write_json
@@ -40,6 +40,7 @@ class Trainer:
     ):
         if settings.bias_update_rate and config.is_sparse and config.router != "sigmoid":
             raise TenfoldError("bias_update_rate: only a sigmoid router has the bias; set it to 0")
+        keep_freed_memory()
         self.device = pick_device(settings.device)
         precision = pick_precision(settings.precision, self.device)
         self.settings = settings.model_copy(update={"precision": precision})
