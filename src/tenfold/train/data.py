@@ -1,7 +1,7 @@
 """From documents to batches: hold some out, tokenise once, keep it, and serve windows of it.
 
 What is kept is a folder `<cache>/<key>` of raw token files (train.bin, valid.bin), tokenizer.json
-and meta.json. The key covers every document's content and the tokenizer, so a hit is never stale.
+and meta.json. The key covers the documents' contents, in the order they are read, and the tokenizer.
 """
 
 import hashlib
