@@ -17,7 +17,8 @@ RUNS_PER_OCTAVE = 8
 new at every step. Runs are padded to few lengths: multiples of 128, then an eighth of a power of two."""
 
 
-@torch.compiler.disable  # run lengths are data, and inductor takes grouped_mm in bf16 alone
+# Run lengths are data, and inductor takes grouped_mm in bf16 alone.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def experts(
     x_TD: Tensor,
     gate_up: Tensor,

@@ -19,7 +19,10 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(E, D, F))
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, expert_weights_TK: Tensor) -> Tensor:
-        return grouped_mm.experts(x_TD, self.gate_up, self.down, expert_ids_TK, expert_weights_TK, "silu")
+        out_TD: Tensor = grouped_mm.experts(
+            x_TD, self.gate_up, self.down, expert_ids_TK, expert_weights_TK, "silu"
+        )
+        return out_TD
 
 
 class SparseMoE(nn.Module):
