@@ -46,8 +46,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def keep_freed_memory() -> None:
     """Have glibc keep what tensors free instead of returning it to the system after every step.
 
-    Otherwise each step maps the same megabytes anew, page by page: a fifth of the CPU time of a
-    training step (LOG.md). Does nothing where the C library is not glibc.
+    Otherwise each step maps the same megabytes anew, page by page: a sixth of the CPU time of
+    the demo's training steps (LOG.md). Does nothing where the C library is not glibc.
     """
     if sys.platform != "linux":
         return
