@@ -167,3 +167,13 @@ def test_the_command_line_does_not_import_torch(code: str) -> None:
     check += " & sys.modules.keys(); assert not heavy, heavy"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_readmes_python_takes_paths_as_text(trained: Path) -> None:
+    import torch
+
+    import tenfold
+
+    model, tokenizer = tenfold.load_model(str(trained)), tenfold.load_tokenizer(str(trained))
+    ids = tokenizer.encode("import os")
+    assert model(torch.tensor([ids])).shape == (1, len(ids), model.config.vocab_size)

@@ -77,13 +77,13 @@ def tokenizer_file(path: Path) -> Path:
     return file
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer.json, or the one in a folder.
 
     The token that ends a text is the eos_token of the tokenizer_config.json beside it, else
     `<|endoftext|>`, else none. Raises TenfoldError naming the file that is missing or corrupt.
     """
-    file = tokenizer_file(path)
+    file = tokenizer_file(Path(path))
     try:
         raw = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
