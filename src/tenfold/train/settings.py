@@ -53,7 +53,7 @@ class TrainSettings(BaseModel):
     decay: float = Field(0.5, ge=0, le=1, description="share of the steps that decay to zero")
     max_grad_norm: float = Field(1.0, gt=0)
 
-    balance_loss: float = Field(0.01, ge=0, description="weight of the load-balancing loss (Switch)")
+    balance_loss: float = Field(0.03, ge=0, description="weight of the load-balancing loss (Switch)")
     sequence_loss: float = Field(0.0, ge=0, description="weight of the sequence-wise balance loss")
     z_loss: float = Field(0.001, ge=0, description="weight of the router z-loss")
     bias_update_rate: float = Field(
