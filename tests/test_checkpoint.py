@@ -176,7 +176,7 @@ BAD_WEIGHTS = {
     ),
     "extra": (
         lambda d: change_tensors(d, lambda t: t.update({"more": torch.ones(2)})),
-        "model.safetensors: tensor more has no place in the Glm4MoeForCausalLM",
+        "model.safetensors: tensor more has no place in the Glm4MoeForCausalLM of .*config.json",
     ),
     "shape": (
         _wrong_shape,

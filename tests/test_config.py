@@ -141,7 +141,7 @@ CONTRADICTIONS = {
     "no width": ({**SPARSE, "moe_intermediate_size": 0}, "moe_intermediate_size must be"),
     "absent layer": ({**SPARSE, "mlp_only_layers": (4,)}, "a layer that is not there"),
     "switch top-2": ({**SPARSE, "router": "switch"}, "must be 1, not 2"),
-    "softmax groups": ({**SPARSE, "n_group": 2}, "need router sigmoid"),
+    "softmax groups": ({**SPARSE, "router": "topk_softmax", "n_group": 2}, "need router sigmoid or softmax"),
     "uneven groups": ({**SPARSE, "router": "sigmoid", "n_group": 3}, "groups of 2 or more"),
     "too many groups": (
         {**SPARSE, "router": "sigmoid", "n_group": 2, "topk_group": 3},

@@ -121,7 +121,7 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.config = ModelConfig(vocab_size=vocab, eos_token_id=0)
         self.embed_tokens = torch.nn.Embedding(vocab, 1)
-        self.lm_head = torch.nn.Identity()
+        self.logits = torch.nn.Identity()
         self.tokens = iter(tokens)
 
     def hidden_states(self, ids: torch.Tensor, *_: object) -> tuple[torch.Tensor, list]:

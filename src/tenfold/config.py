@@ -3,37 +3,51 @@
 Field names are those of Hugging Face's config.json. Nothing here needs torch.
 """
 
-from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tenfold.config_checks import problems
+from tenfold.counting import BYTES_PER_WEIGHT, Counted, ParamCounts
 from tenfold.errors import TenfoldError, nearest
 
-BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
-
 RouterName = Literal["softmax", "topk_softmax", "sigmoid", "switch", "expert_choice"]
+LayerType = Literal["full_attention", "sliding_attention"]
+MLA_NORM_EPS = 1e-6
+"""Of the two norms inside latent attention, whatever `rms_norm_eps` is (DeepSeek's own code)."""
 
 
-@dataclass(frozen=True)
-class ParamCounts:
-    """Parameters by what they do. `experts` counts all routed experts, used or not."""
+class RopeScaling(BaseModel):
+    """How RoPE is stretched beyond the context it was trained for; fields as in Hugging Face.
 
-    embedding: int
-    lm_head: int
-    attention: int
-    norms: int
-    dense_mlp: int
-    shared_experts: int
-    router: int
-    experts: int
+    `linear` divides every frequency by `factor`; `llama3` only the low ones (Llama 3.1's config);
+    `yarn` by parts, and sharpens attention (Peng et al. 2023, arXiv:2309.00071).
+    """
 
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, f.name) for f in fields(self))
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: float = Field(gt=0)
+    original_max_position_embeddings: int | None = Field(None, gt=0)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.rope_type != "linear" and self.original_max_position_embeddings is None:
+            raise ValueError(f"rope_type {self.rope_type} needs original_max_position_embeddings")
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be more than low_freq_factor")
+        return self
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Counted, BaseModel):
     """A decoder-only transformer, dense (`num_experts` 0) or sparse."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,25 +64,60 @@ class ModelConfig(BaseModel):
     head_dim: int = Field(32, gt=0)
     max_position_embeddings: int = Field(2048, gt=0)
     rope_theta: float = Field(10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    rope_interleave: bool = Field(False, description="RoPE turns neighbours, not halves (DeepSeek)")
     partial_rotary_factor: float = Field(1.0, gt=0, le=1)
     rms_norm_eps: float = Field(1e-6, gt=0)
     initializer_range: float = Field(0.02, gt=0)
     tie_word_embeddings: bool = False
-    eos_token_id: int | None = Field(None, ge=0, description="token that ends a text")
-    attention_bias: bool = Field(False, description="biases on the q, k and v projections")
+    bos_token_id: int | None = Field(None, ge=0, description="token that begins a text")
+    eos_token_id: int | tuple[int, ...] | None = Field(None, description="token or tokens that end a text")
+    pad_token_id: int | None = Field(None, description="token that fills up a batch")
+
+    attention_bias: bool = Field(False, description="biases on q, k and v (latent attention: q_a and kv_a)")
+    attention_out_bias: bool = Field(False, description="bias on the output projection of attention")
+    attention_sinks: bool = Field(False, description="a learned logit per head that takes weight (gpt-oss)")
+    attention_multiplier: float | None = Field(
+        None, gt=0, description="scale of q·k; by default one over the root of the head's width"
+    )
+    sliding_window: int | None = Field(None, gt=0, description="positions a sliding layer looks back")
+    layer_types: tuple[LayerType, ...] = Field(
+        (), description="one a layer; empty is all sliding where sliding_window is set, else all full"
+    )
+    kv_lora_rank: int = Field(0, ge=0, description="width of MLA's compressed latent; 0 is GQA")
+    q_lora_rank: int = Field(0, ge=0, description="MLA: width of the compressed query; 0 is direct")
+    qk_nope_head_dim: int = Field(0, ge=0, description="MLA: dimensions of a head without RoPE")
+    qk_rope_head_dim: int = Field(0, ge=0, description="MLA: dimensions of a head with RoPE")
+    v_head_dim: int = Field(0, ge=0, description="MLA: width of a head's value")
     qk_norm: Literal["none", "head", "full"] = Field(
         "head", description="RMSNorm on q and k: per head (Qwen3) or over all heads (OLMoE)"
+    )
+
+    embedding_multiplier: float = Field(1.0, gt=0, description="Granite")
+    residual_multiplier: float = Field(1.0, gt=0, description="Granite: of what a block adds")
+    logits_scaling: float = Field(1.0, gt=0, description="Granite: divides the logits")
+    hidden_act: Literal["silu", "clamped_swiglu"] = Field(
+        "silu", description="clamped_swiglu is gpt-oss's, in its experts"
+    )
+    mlp_bias: bool = Field(False, description="biases in dense layers and shared experts")
+    num_nextn_predict_layers: int = Field(
+        0, ge=0, le=1, description="multi-token-prediction modules (DeepSeek-V3)"
     )
 
     num_experts: int = Field(0, ge=0, description="routed experts in a sparse layer; 0 is dense")
     num_experts_per_tok: int = Field(0, ge=0, description="top-k")
     moe_intermediate_size: int = Field(0, ge=0, description="width of one expert's SwiGLU")
     n_shared_experts: int = Field(0, ge=0, description="experts that every token uses")
+    shared_expert_intermediate_size: int = Field(
+        0, ge=0, description="width of one shared expert, where it is not n_shared_experts experts"
+    )
+    shared_expert_gate: bool = Field(False, description="a sigmoid gate on the shared expert (Qwen2-MoE)")
+    moe_bias: bool = Field(False, description="biases on the router and the experts (gpt-oss)")
     mlp_only_layers: tuple[int, ...] = Field((), description="layers that stay dense")
     decoder_sparse_step: int = Field(1, gt=0, description="every n-th layer is sparse")
     router: RouterName = "softmax"
     norm_topk_prob: bool = Field(True, description="the chosen experts' weights sum to one")
-    n_group: int = Field(1, gt=0, description="expert groups of a sigmoid router")
+    n_group: int = Field(1, gt=0, description="groups that experts are chosen by")
     topk_group: int = Field(1, gt=0, description="groups a token may choose from")
     routed_scaling_factor: float = Field(1.0, gt=0)
     capacity_factor: float = Field(1.25, gt=0, description="Switch: room per expert over its fair share")
@@ -86,55 +135,9 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for problem in self._problems():
+        for problem in problems(self):
             raise ValueError(problem)
         return self
-
-    def _problems(self) -> list[str]:
-        """Contradictions between fields, in words."""
-        E, K = self.num_experts, self.num_experts_per_tok
-        found = []
-        if self.num_attention_heads % self.num_key_value_heads:
-            found.append(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of"
-                f" num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.rotary_dim % 2 or self.rotary_dim == 0:
-            found.append(
-                f"head_dim {self.head_dim} x partial_rotary_factor {self.partial_rotary_factor}"
-                " must be an even number of at least 2"
-            )
-        if len(self.sparse_layers) < self.num_hidden_layers and not self.intermediate_size:
-            found.append("intermediate_size must be at least 1 where there are dense layers")
-        if not E:
-            if K or self.moe_intermediate_size or self.n_shared_experts:
-                found.append("num_experts is 0 (dense), so the other expert fields must be 0 too")
-            return found
-        if not 1 <= K <= E:
-            found.append(f"num_experts_per_tok {K} must be from 1 to num_experts {E}")
-        if not self.moe_intermediate_size:
-            found.append("moe_intermediate_size must be at least 1 in a sparse model")
-        if any(not 0 <= layer < self.num_hidden_layers for layer in self.mlp_only_layers):
-            found.append(f"mlp_only_layers {list(self.mlp_only_layers)} names a layer that is not there")
-        if self.router == "switch" and K != 1:
-            found.append(f"router switch is top-1, so num_experts_per_tok must be 1, not {K}")
-        if self.router in ("switch", "expert_choice") and self.routed_scaling_factor != 1:
-            found.append(f"router {self.router} has no routed_scaling_factor: leave it at 1")
-        if self.n_group > 1 or self.topk_group > 1:
-            found.extend(self._group_problems())
-        return found
-
-    def _group_problems(self) -> list[str]:
-        E, K = self.num_experts, self.num_experts_per_tok
-        if self.router != "sigmoid":
-            return [f"n_group and topk_group need router sigmoid, not {self.router}"]
-        if E % self.n_group or E // self.n_group < 2:
-            return [f"n_group {self.n_group} must cut num_experts {E} into groups of 2 or more"]
-        if self.topk_group > self.n_group:
-            return [f"topk_group {self.topk_group} is more than n_group {self.n_group}"]
-        if E // self.n_group * self.topk_group < K:
-            return [f"{self.topk_group} groups hold fewer than num_experts_per_tok {K} experts"]
-        return []
 
     @property
     def is_sparse(self) -> bool:
@@ -157,75 +160,137 @@ class ModelConfig(BaseModel):
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
+    def is_latent(self) -> bool:
+        """Whether attention is multi-head latent attention (MLA)."""
+        return self.kv_lora_rank > 0
+
+    @property
+    def shared_width(self) -> int:
+        """Width of all shared experts together, which are one SwiGLU."""
+        return self.shared_expert_intermediate_size or self.n_shared_experts * self.moe_intermediate_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a layer's attention looks back, its own included; None is all of them."""
+        full = bool(self.layer_types) and self.layer_types[layer] == "full_attention"
+        return None if full else self.sliding_window
+
+    @property
     def expert_params(self) -> int:
-        """Parameters of one routed expert."""
+        """Weights of one routed expert, without biases."""
         return 3 * self.hidden_size * self.moe_intermediate_size
+
+    @property
+    def qk_width(self) -> int:
+        """Dimensions of all query heads, as they meet the keys."""
+        return self.num_attention_heads * (self.qk_nope_head_dim + self.head_dim)
+
+    @property
+    def value_width(self) -> int:
+        """Dimensions of all heads' outputs."""
+        return self.num_attention_heads * (self.v_head_dim or self.head_dim)
 
     def params(self) -> ParamCounts:
         """Parameters by kind; a tied embedding is counted once, as the embedding."""
-        D, V, L = self.hidden_size, self.vocab_size, self.num_hidden_layers
+        D, V, L, E = self.hidden_size, self.vocab_size, self.num_hidden_layers, self.num_experts
         sparse = len(self.sparse_layers)
-        q_dim = self.num_attention_heads * self.head_dim
-        kv_dim = self.num_key_value_heads * self.head_dim
-        qk_norm = {"none": 0, "head": 2 * self.head_dim, "full": q_dim + kv_dim}[self.qk_norm]
-        attention = D * (2 * q_dim + 2 * kv_dim) + (q_dim + 2 * kv_dim) * self.attention_bias
-        router = self.num_experts * (D + (self.router == "sigmoid"))
         return ParamCounts(
             embedding=V * D,
             lm_head=0 if self.tie_word_embeddings else V * D,
-            attention=L * attention,
-            norms=L * (2 * D + qk_norm) + D,
+            attention=L * self._attention_weights(),
+            norms=L * (2 * D + self._attention_norms()) + D,
             dense_mlp=(L - sparse) * 3 * D * self.intermediate_size,
-            shared_experts=sparse * self.n_shared_experts * self.expert_params,
-            router=sparse * router,
-            experts=sparse * self.num_experts * self.expert_params,
+            shared_experts=sparse * (3 * D * self.shared_width + D * self.shared_expert_gate),
+            router=sparse * E * (D + self._router_biases()),
+            experts=sparse * E * self.expert_params,
+            biases=self._biases(),
         )
 
-    def num_params(self) -> int:
-        """All parameters, the sigmoid router's selection biases included."""
-        return self.params().total
+    def _attention_weights(self) -> int:
+        """Of one layer's matrices."""
+        D, H = self.hidden_size, self.num_attention_heads
+        out = self.value_width * D
+        if not self.is_latent:
+            return out + D * (self.qk_width + 2 * self.num_key_value_heads * self.head_dim)
+        rank = self.q_lora_rank
+        query = rank * (D + self.qk_width) if rank else D * self.qk_width
+        down = D * (self.kv_lora_rank + self.qk_rope_head_dim)
+        return out + query + down + self.kv_lora_rank * H * (self.qk_nope_head_dim + self.v_head_dim)
 
-    def num_active_params(self, input_embedding: bool = True) -> int:
-        """Parameters that work on one token.
+    def _attention_norms(self) -> int:
+        if self.is_latent:
+            return self.q_lora_rank + self.kv_lora_rank
+        kv_dim = self.num_key_value_heads * self.head_dim
+        return {"none": 0, "head": 2 * self.head_dim, "full": self.qk_width + kv_dim}[self.qk_norm]
 
-        Published figures use two conventions: with the whole input embedding, or without it.
-        A tied embedding is also the output head, so it is then counted in both.
-        """
+    def _biases(self) -> int:
+        D, L, E = self.hidden_size, self.num_hidden_layers, self.num_experts
+        sparse = len(self.sparse_layers)
+        inputs = self.qk_width + 2 * self.num_key_value_heads * self.head_dim
+        if self.is_latent:
+            inputs = self.q_lora_rank + self.kv_lora_rank + self.qk_rope_head_dim
+        attention = inputs * self.attention_bias + D * self.attention_out_bias
+        attention += self.num_attention_heads * self.attention_sinks
+        shared = (2 * self.shared_width + D) * (self.shared_width > 0)
+        dense = (L - sparse) * (2 * self.intermediate_size + D) + sparse * shared
+        return L * attention + dense * self.mlp_bias + sparse * E * self._expert_biases()
+
+    def _router_biases(self) -> int:
+        """Of one expert: added to its logit, or to its score for the selection alone."""
+        return self.moe_bias + (self.router == "sigmoid")
+
+    def _expert_biases(self) -> int:
+        return (2 * self.moe_intermediate_size + self.hidden_size) * self.moe_bias
+
+    def idle_params(self) -> int:
         idle = self.num_experts - self.num_experts_per_tok
-        active = self.num_params() - len(self.sparse_layers) * idle * self.expert_params
-        if input_embedding or self.tie_word_embeddings:
-            return active
-        return active - self.params().embedding
+        return len(self.sparse_layers) * idle * (self.expert_params + self._expert_biases())
+
+    def mtp_params(self) -> int:
+        """Parameters of the multi-token-prediction modules, which share the embedding and the head."""
+        if not self.num_nextn_predict_layers:
+            return 0
+        last = self.model_copy(update={"num_hidden_layers": 1, "mlp_only_layers": (), "layer_types": ()})
+        counts = last.params()
+        layer = counts.total - counts.embedding - counts.lm_head
+        return layer + 2 * self.hidden_size + 2 * self.hidden_size**2
 
     def flops_per_token(self, context: int) -> int:
-        """Forward FLOPs of one token that attends to `context` positions.
+        """Forward FLOPs of one token that attends to `context` positions, fewer in sliding layers.
 
-        Two per weight of every matrix that multiplies it, and four per attended position and
-        head dimension (q·k and p·v). Norms, activations and the softmax are left out, as is usual.
+        Two per weight of every matrix that multiplies it, and two per attended position and
+        dimension of q·k and of p·v. Norms, activations and the softmax are left out, as is usual.
         """
-        counts = self.params()
-        biases = self.num_hidden_layers * self.attention_bias * self.head_dim
-        biases *= self.num_attention_heads + 2 * self.num_key_value_heads
-        if self.router == "sigmoid":
-            biases += len(self.sparse_layers) * self.num_experts
-        matrices = self.num_active_params(input_embedding=False) - counts.norms - biases
-        width = self.num_attention_heads * self.head_dim
-        return 2 * matrices + 4 * context * width * self.num_hidden_layers
+        attended = sum(min(context, self.window(n) or context) for n in range(self.num_hidden_layers))
+        return self._matrix_flops() + 2 * (self.qk_width + self.value_width) * attended
 
     def train_flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs of one token: forward and twice that backward, at the mean causal context."""
-        width = self.num_attention_heads * self.head_dim
-        return 3 * (self.flops_per_token(0) + 2 * (seq_len + 1) * width * self.num_hidden_layers)
+        attended = sum(
+            _causal_pairs(seq_len, self.window(n) or seq_len) for n in range(self.num_hidden_layers)
+        )
+        attention = 2 * (self.qk_width + self.value_width) * attended // seq_len
+        return 3 * (self._matrix_flops() + attention)
 
-    def weight_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of weights one generated token reads: all that is active, and one embedding row."""
-        row = 0 if self.tie_word_embeddings else self.hidden_size
-        weights = self.num_active_params(input_embedding=False) + row
-        return weights * BYTES_PER_WEIGHT[dtype]
+    def _matrix_flops(self) -> int:
+        counts = self.params()
+        idle = (self.num_experts - self.num_experts_per_tok) * self.expert_params * len(self.sparse_layers)
+        looked_up = 0 if self.tie_word_embeddings else counts.embedding
+        added = counts.norms + counts.biases
+        added += len(self.sparse_layers) * self.num_experts * self._router_biases()
+        return 2 * (counts.total - looked_up - added - idle)
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes the KV cache grows by for each token."""
+        """Bytes the KV cache grows by for each token; with MLA, of the compressed latent."""
         width = 2 * self.num_key_value_heads * self.head_dim
+        if self.is_latent:
+            width = self.kv_lora_rank + self.qk_rope_head_dim
         return width * self.num_hidden_layers * BYTES_PER_WEIGHT[dtype]
 
     def dense_twin(self, equal: Literal["active", "total"]) -> "ModelConfig":
@@ -237,7 +302,8 @@ class ModelConfig(BaseModel):
         wanted = self.num_active_params() if equal == "active" else self.num_params()
         counts = self.params()
         fixed = counts.embedding + counts.lm_head + counts.attention + counts.norms
-        per_width = 3 * self.hidden_size * self.num_hidden_layers
+        fixed += self.model_copy(update=_DENSE | {"intermediate_size": 0})._biases()
+        per_width = (3 * self.hidden_size + 2 * self.mlp_bias) * self.num_hidden_layers
         width = max(1, round((wanted - fixed) / per_width))
         if abs((fixed + width * per_width) / wanted - 1) > 0.02:
             raise TenfoldError(
@@ -250,9 +316,17 @@ class ModelConfig(BaseModel):
 
 _SPARSE_FIELDS = {
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
+    "shared_expert_intermediate_size", "shared_expert_gate", "moe_bias", "hidden_act",
     "mlp_only_layers", "decoder_sparse_step", "router", "norm_topk_prob", "n_group",
-    "topk_group", "routed_scaling_factor", "capacity_factor",
+    "topk_group", "routed_scaling_factor", "capacity_factor", "num_nextn_predict_layers",
 }  # fmt: skip
+_DENSE = {name: ModelConfig.model_fields[name].default for name in _SPARSE_FIELDS}
+
+
+def _causal_pairs(seq_len: int, window: int) -> int:
+    """Positions that all the tokens of a sequence attend to, added up."""
+    window = min(window, seq_len)
+    return window * (window + 1) // 2 + (seq_len - window) * window
 
 
 def first_problem(error: ValidationError) -> str:

@@ -5,7 +5,8 @@ from typing import Any
 
 from tenfold.checkpoint import load_config
 from tenfold.checkpoint.families import family_for
-from tenfold.config import BYTES_PER_WEIGHT, ModelConfig
+from tenfold.config import ModelConfig
+from tenfold.counting import BYTES_PER_WEIGHT
 from tenfold.errors import TenfoldError
 from tenfold.presets import load_preset
 

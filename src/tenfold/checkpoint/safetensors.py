@@ -5,7 +5,7 @@ to stream: https://github.com/huggingface/safetensors#format
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tenfold.checkpoint import read_object
+from tenfold.checkpoint.stored import Stored
 from tenfold.errors import TenfoldError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,10 +25,11 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Entry(NamedTuple):
-    """A tensor to write (views are fine) and the dtype to write it as."""
+    """A tensor to write (views are fine), and the shape and dtype to write it as."""
 
     name: str
     tensor: Tensor
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
@@ -35,28 +37,41 @@ class Entry(NamedTuple):
         return self.tensor.numel() * self.dtype.itemsize
 
 
-def list_tensors(directory: Path) -> dict[str, Path]:
-    """Every tensor of a model directory and the file that holds it."""
+def list_tensors(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a model directory, none of it read yet."""
     single = directory / SINGLE
     if single.exists():
-        with _opened(single) as file:
-            return dict.fromkeys(file.keys(), single)
+        return _list_file(single)
     if not (directory / INDEX).exists():
         raise TenfoldError(f"{directory}: no weights there; expected {SINGLE} or {INDEX}")
-    return _read_index(directory)
+    owners = _read_index(directory)
+    tensors: dict[str, Stored] = {}
+    for path in sorted(set(owners.values())):
+        there = _list_file(path)
+        for name, owner in owners.items():
+            if owner == path and name not in there:
+                raise TenfoldError(f"{path}: tensor {name} is missing, though {INDEX} names it")
+        tensors |= {name: stored for name, stored in there.items() if owners.get(name) == path}
+    return tensors
 
 
-def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `list_tensors` found, file by file, one in memory at a time."""
-    for path in sorted(set(files.values())):
+def _list_file(path: Path) -> dict[str, Stored]:
+    with _opened(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+    return {name: Stored(name, path, shape, _reader(path, name)) for name, shape in shapes.items()}
+
+
+def _reader(path: Path, name: str) -> Callable[[int, int], Tensor]:
+    def read(start: int, stop: int) -> Tensor:
         with _opened(path) as file:
-            there = set(file.keys())
-            for name, owner in files.items():
-                if owner != path:
-                    continue
-                if name not in there:
-                    raise TenfoldError(f"{path}: tensor {name} is missing, though {INDEX} names it")
-                yield name, file.get_tensor(name)
+            tensor: Tensor = file.get_slice(name)[start:stop]
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            given = str(tensor.dtype).removeprefix("torch.")
+            raise TenfoldError(f"{path}: tensor {name} is {given}, not {known}")
+        return tensor
+
+    return read
 
 
 def write_tensors(directory: Path, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -93,11 +108,11 @@ def _write_file(path: Path, entries: list[Entry]) -> None:
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, tensor, dtype in entries:
+    for name, tensor, shape, dtype in entries:
         end = start + tensor.numel() * dtype.itemsize
         header[name] = {
             "dtype": DTYPES[dtype],
-            "shape": list(tensor.shape),
+            "shape": list(shape),
             "data_offsets": [start, end],
         }
         start = end
@@ -105,7 +120,7 @@ def _write_file(path: Path, entries: list[Entry]) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor, dtype in entries:
+        for _, tensor, _, dtype in entries:
             flat = tensor.detach().to("cpu", dtype).contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
 

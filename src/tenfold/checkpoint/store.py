@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tenfold.checkpoint import read_config, safetensors
 from tenfold.checkpoint.families import Family, family_for
+from tenfold.checkpoint.slot import Slot, SlotMap
+from tenfold.checkpoint.stored import Stored
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.files import new_folder, write_json
@@ -25,26 +27,24 @@ def load_model(
     """
     directory = Path(path)
     family, config = read_config(directory / "config.json")
-    files = safetensors.list_tensors(directory)
-    _check_names(family, config, files)
+    tensors = safetensors.list_tensors(directory)
+    slots = family.tensor_map(config)
+    for name in set(tensors) - set(slots):
+        if family.is_redundant(config, name):
+            del tensors[name]
+    _check_names(f"the {family.architecture} of {directory / 'config.json'}", slots, tensors)
     model = _empty(config, dtype, device)
-    _fill(model, family, files)
+    _fill(model, slots, tensors)
     return model.eval()
 
 
-def _check_names(family: Family, config: ModelConfig, files: dict[str, Path]) -> None:
-    wanted = family.tensor_map(config)
-    for name in wanted:
-        if name not in files:
-            raise TenfoldError(
-                f"{next(iter(files.values())).parent}: tensor {name} is missing,"
-                f" which config.json ({family.architecture}) calls for"
-            )
-    for name, path in files.items():
-        if name not in wanted and not family.is_redundant(config, name):
-            raise TenfoldError(
-                f"{path}: tensor {name} has no place in the {family.architecture} of config.json"
-            )
+def _check_names(source: str, slots: SlotMap, tensors: dict[str, Stored]) -> None:
+    for name, slot in slots.items():
+        if name not in tensors and not slot.is_copy:
+            raise TenfoldError(f"tensor {name} is missing, which {source} calls for")
+    for name, stored in tensors.items():
+        if name not in slots:
+            raise TenfoldError(f"{stored.file}: tensor {name} has no place in {source}")
 
 
 def _empty(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Transformer:
@@ -59,29 +59,32 @@ def _empty(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) 
     return model
 
 
-def _fill(model: Transformer, family: Family, files: dict[str, Path]) -> None:
-    wanted = family.tensor_map(model.config)
+def _fill(model: Transformer, slots: SlotMap, tensors: dict[str, Stored]) -> None:
     ours = _own_tensors(model)
     filled: Counter[str] = Counter()
-    for name, tensor in safetensors.read_tensors({n: f for n, f in files.items() if n in wanted}):
-        our_name, index = wanted[name]
-        target = ours[our_name][index]
-        _check_tensor(f"{files[name]}: tensor {name}", tensor, target)
-        target.copy_(tensor)
-        filled[our_name] += target.numel()
-    for our_name, whole in ours.items():
-        if filled[our_name] != whole.numel():
-            raise TenfoldError(f"{family.architecture} does not fill {our_name} exactly once")
+    for name, stored in tensors.items():
+        slot = slots[name]
+        if not slot.is_copy:
+            target = slot.view(ours[slot.name])
+            _copy(stored, slot, target)
+            filled[slot.name] += target.numel()
+    for name, whole in ours.items():
+        if filled[name] != whole.numel():
+            raise AssertionError(f"the slots of this family do not fill {name} exactly once")
 
 
-def _check_tensor(what: str, tensor: Tensor, target: Tensor) -> None:
-    if tensor.shape != target.shape:
+def _copy(stored: Stored, slot: Slot, target: Tensor) -> None:
+    """Into a view of the model's tensor, a few rows at a time where the file has the same first axis."""
+    if stored.shape != slot.shape(target):
         raise TenfoldError(
-            f"{what} has shape {tuple(tensor.shape)}, not {tuple(target.shape)} as in config.json"
+            f"{stored.file}: tensor {stored.name} has shape {stored.shape},"
+            f" not {slot.shape(target)} as its config says"
         )
-    if tensor.dtype not in safetensors.DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in safetensors.DTYPES)
-        raise TenfoldError(f"{what} is {str(tensor.dtype).removeprefix('torch.')}, not {known}")
+    if slot.merged == 0:
+        target.copy_(stored.whole().view(target.shape))
+        return
+    for rows, piece in stored.pieces():
+        target[rows].copy_(piece.view(target[rows].shape))
 
 
 def _own_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -121,11 +124,12 @@ def save_model(
 
 
 def _entries(model: Transformer, family: Family, dtype: torch.dtype) -> Iterator[safetensors.Entry]:
-    ours = _own_tensors(model)
+    tensors = _own_tensors(model)
     buffers = dict(model.named_buffers())
-    for name, (our_name, index) in family.tensor_map(model.config).items():
-        saved_as = torch.float32 if our_name in buffers else dtype
-        yield safetensors.Entry(name, ours[our_name][index], saved_as)
+    for name, slot in family.tensor_map(model.config).items():
+        view = slot.view(tensors[slot.name])
+        saved_as = torch.float32 if slot.name in buffers else dtype
+        yield safetensors.Entry(name, view, slot.shape(view), saved_as)
 
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -140,10 +144,10 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: ModelConfig)
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }
-    if config.eos_token_id is not None:
-        eos = tokenizer.id_to_token(config.eos_token_id)
+    if config.eos_token_ids:
+        eos = tokenizer.id_to_token(config.eos_token_ids[0])
         if eos is None:
-            raise TenfoldError(f"the tokenizer has no token of eos_token_id {config.eos_token_id}")
+            raise TenfoldError(f"the tokenizer has no token of eos_token_id {config.eos_token_ids[0]}")
         settings["eos_token"] = eos
     (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     write_json(directory / "tokenizer_config.json", settings)

@@ -40,8 +40,8 @@ def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: Sampl
     position = 0
     for _ in range(wanted):
         hidden_BSD, _ = model.hidden_states(step, cache, position)
-        token = sampler(model.lm_head(hidden_BSD[0, -1]))
-        if token == config.eos_token_id:
+        token = sampler(model.logits(hidden_BSD[0, -1]))
+        if token in config.eos_token_ids:
             return
         yield token
         position += step.shape[1]

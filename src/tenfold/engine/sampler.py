@@ -29,7 +29,7 @@ class Sampler:
         The likeliest token always stays.
         """
         logits_V = logits_V - logits_V.max()
-        probs, ids = (logits_V / self.params.temperature).softmax(-1).sort(descending=True)
+        probs, ids = (logits_V / self.params.temperature).softmax(-1).sort(descending=True, stable=True)
         if self.params.top_k:
             probs[self.params.top_k :] = 0
         probs = probs / probs.sum()

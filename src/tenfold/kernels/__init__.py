@@ -1,8 +1,10 @@
 """How experts are computed: one signature, several backends.
 
-    experts(x_TD, gate_up, down, expert_ids_TK, expert_weights_TK, activation) -> out_TD
+    experts(x_TD, gate_up, down, expert_ids_TK, expert_weights_TK, activation,
+            gate_up_bias, down_bias) -> out_TD
 
-`gate_up (E, 2F, D)` and `down (E, D, F)` are stacked over experts. An expert id of -1 is an empty
+`gate_up (E, 2F, D)`, `down (E, D, F)` and the biases, `(E, 2F)` and `(E, D)` or None, are stacked
+over experts. An expert id of -1 is an empty
 slot: a dropped token (Switch) or a place no expert took (expert choice). It adds nothing.
 
 Shape suffixes, the one legend of the project: `B` batch, `S` sequence, `T` tokens (B*S), `D` model
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EMPTY_SLOT = -1
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -25,7 +28,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": swiglu}
+def clamped_swiglu(gate_up: Tensor) -> Tensor:
+    """gpt-oss's: gate and up clamped, a steeper sigmoid, and one added to up.
+
+    Constants from OpenAI's published model code (swiglu, alpha and limit).
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=SWIGLU_LIMIT)
+    up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": swiglu, "clamped_swiglu": clamped_swiglu}
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

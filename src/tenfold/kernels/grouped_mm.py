@@ -1,6 +1,7 @@
 """Experts as two grouped matrix products over tokens sorted by expert. Dropless, differentiable."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +27,44 @@ def experts(
     expert_ids_TK: Tensor,
     expert_weights_TK: Tensor,
     activation: str = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """Each token's chosen experts, weighted and summed. Returns (T, D) in the compute dtype."""
     dtype = compute_dtype(x_TD)
     x_TD, gate_up, down = x_TD.to(dtype), gate_up.to(dtype), down.to(dtype)
+    up = Projection(gate_up, None if gate_up_bias is None else gate_up_bias.to(dtype))
+    out = Projection(down, None if down_bias is None else down_bias.to(dtype))
     act = ACTIVATIONS[activation]
     if len(x_TD) == 1 and not torch.is_grad_enabled():
-        return _one_token(x_TD, gate_up, down, expert_ids_TK, expert_weights_TK, act)
+        return _one_token(x_TD, up, out, expert_ids_TK, expert_weights_TK, act)
     slot, filled, ends_E = _sort_by_expert(expert_ids_TK, len(gate_up), pad=_recompiles(x_TD, len(gate_up)))
     token = slot // expert_ids_TK.shape[1]
     weight = expert_weights_TK.flatten().index_select(0, slot) * filled
-    hidden = act(_grouped_linear(x_TD.index_select(0, token), gate_up, ends_E))
+    weight = weight.to(dtype)[:, None]
+    expert = expert_ids_TK.flatten()[slot] if up.bias is not None or out.bias is not None else None
+    hidden = act(up(x_TD.index_select(0, token), ends_E, expert))
     # Weighted before `down`, where rows are narrower: the combination is then a plain sum.
-    y = _grouped_linear(hidden * weight.to(dtype)[:, None], down, ends_E)
+    y = out(hidden * weight, ends_E, expert, weight)
     return torch.zeros_like(x_TD).index_add(0, token, y)
+
+
+class Projection(NamedTuple):
+    """One matrix, and maybe a bias, of every expert."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(
+        self, x: Tensor, ends_E: Tensor, expert: Tensor | None, scale: Tensor | float = 1.0
+    ) -> Tensor:
+        """Rows of x in runs of one expert; `expert` is each row's, needed for a bias, as is its `scale`."""
+        y = _grouped_linear(x, self.weight, ends_E)
+        return y if self.bias is None else y + self.bias[expert] * scale
+
+    def of_one(self, expert: int, x: Tensor) -> Tensor:
+        y = x @ self.weight[expert].T
+        return y if self.bias is None else y + self.bias[expert]
 
 
 def _recompiles(x_TD: Tensor, num_experts: int) -> bool:
@@ -89,8 +114,8 @@ def _grouped_linear(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
 
 def _one_token(
     x_1D: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    up: Projection,
+    out: Projection,
     expert_ids_1K: Tensor,
     expert_weights_1K: Tensor,
     act: Callable[[Tensor], Tensor],
@@ -99,6 +124,6 @@ def _one_token(
     out_1D = torch.zeros_like(x_1D)
     for slot, expert in enumerate(expert_ids_1K[0].tolist()):
         if expert != EMPTY_SLOT:
-            hidden = act(x_1D @ gate_up[expert].T) * expert_weights_1K[0, slot].to(x_1D.dtype)
-            out_1D += hidden @ down[expert].T
+            y_1D = out.of_one(expert, act(up.of_one(expert, x_1D)))
+            out_1D += y_1D * expert_weights_1K[0, slot].to(x_1D.dtype)
     return out_1D

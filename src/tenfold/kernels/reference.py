@@ -13,12 +13,19 @@ def experts(
     expert_ids_TK: Tensor,
     expert_weights_TK: Tensor,
     activation: str = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """Each token's chosen experts, weighted and summed. Returns (T, D) in the dtype of `x_TD`."""
     out_TD = torch.zeros_like(x_TD)
     for expert in range(gate_up.shape[0]):
         token, slot = torch.where(expert_ids_TK == expert)
-        hidden = ACTIVATIONS[activation](x_TD[token] @ gate_up[expert].T)
-        y = (hidden @ down[expert].T) * expert_weights_TK[token, slot, None].to(x_TD.dtype)
+        wide = x_TD[token] @ gate_up[expert].T
+        if gate_up_bias is not None:
+            wide = wide + gate_up_bias[expert]
+        y = ACTIVATIONS[activation](wide) @ down[expert].T
+        if down_bias is not None:
+            y = y + down_bias[expert]
+        y = y * expert_weights_TK[token, slot, None].to(x_TD.dtype)
         out_TD = out_TD.index_add(0, token, y)
     return out_TD

@@ -47,11 +47,14 @@ class Router(nn.Module):
         self.bias: Tensor
         if config.router == "sigmoid":
             self.register_buffer("bias", torch.zeros(config.num_experts))
+        logit_bias = nn.Parameter(torch.zeros(config.num_experts)) if config.moe_bias else None
+        self.register_parameter("logit_bias", logit_bias)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, RouterAux]:
         x_TD = x_BSD.flatten(0, 1)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            bias = None if self.logit_bias is None else self.logit_bias.float()
+            logits_TE = F.linear(x_TD.float(), self.weight.float(), bias)
             scores_TE = logits_TE.sigmoid() if self.config.router == "sigmoid" else logits_TE.softmax(-1)
             ids, weights = _CHOOSE[self.config.router](self, scores_TE)
         load_E, dropped = count(ids, self.config.num_experts), ids.new_zeros(())
@@ -64,8 +67,10 @@ class Router(nn.Module):
         return ids, weights, RouterAux(logits_TE, probs_TE, load_E, dropped, asked, len(x_BSD))
 
     def softmax_topk(self, probs_TE: Tensor) -> Choice:
-        """Top-k of the softmax over all experts (OLMoE, Qwen3-MoE)."""
-        weights, ids = probs_TE.topk(self.config.num_experts_per_tok, dim=-1)
+        """Top-k of the softmax over all experts (OLMoE, Qwen3-MoE), or of the groups that hold the
+        likeliest ones (DeepSeek-V2, arXiv:2405.04434, section 2.2.2)."""
+        allowed_TE = self._only_best_groups(probs_TE, ranked_by=1)
+        weights, ids = allowed_TE.topk(self.config.num_experts_per_tok, dim=-1)
         return ids, self._scaled(weights, self.config.norm_topk_prob)
 
     def topk_softmax(self, probs_TE: Tensor) -> Choice:
@@ -75,17 +80,17 @@ class Router(nn.Module):
 
     def sigmoid_topk(self, scores_TE: Tensor) -> Choice:
         """Sigmoid scores, a bias and groups for the selection only (DeepSeek-V3, arXiv:2412.19437)."""
-        ranked_TE = self._only_best_groups(scores_TE + self.bias)
+        ranked_TE = self._only_best_groups(scores_TE + self.bias, ranked_by=2)
         ids = ranked_TE.topk(self.config.num_experts_per_tok, dim=-1).indices
         return ids, self._scaled(scores_TE.gather(-1, ids), self.config.norm_topk_prob)
 
-    def _only_best_groups(self, ranked_TE: Tensor) -> Tensor:
-        """Rule out the experts outside the `topk_group` groups whose two best sum highest."""
+    def _only_best_groups(self, ranked_TE: Tensor, ranked_by: int) -> Tensor:
+        """Rule out the experts outside the `topk_group` groups whose `ranked_by` best sum highest."""
         groups = self.config.n_group
         if groups == 1:
             return ranked_TE
         grouped: Tensor = ranked_TE.unflatten(-1, (groups, -1))
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
+        best = grouped.topk(ranked_by, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
         allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, True)
         return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
 

@@ -8,30 +8,13 @@ from torch import Tensor, nn
 
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
-from tenfold.model.attention import Attention, LayerCache
-from tenfold.model.layers import RMSNorm, SwiGLU, rope_tables
-from tenfold.model.moe import SparseMoE
+from tenfold.model.attend import visible
+from tenfold.model.attention import LayerCache, Place
+from tenfold.model.decoder_layer import DecoderLayer
+from tenfold.model.layers import RMSNorm
+from tenfold.model.mtp import MultiTokenPrediction
+from tenfold.model.rope import rope_tables
 from tenfold.model.router import RouterAux
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, index: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        sparse = index in config.sparse_layers
-        self.mlp = SparseMoE(config) if sparse else SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None
-    ) -> tuple[Tensor, RouterAux | None]:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache)
-        h_BSD = self.post_attention_layernorm(x_BSD)
-        if isinstance(self.mlp, SparseMoE):
-            out_BSD, aux = self.mlp(h_BSD)
-            return x_BSD + out_BSD, aux
-        return x_BSD + self.mlp(h_BSD), None
 
 
 class Transformer(nn.Module):
@@ -41,11 +24,15 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        sparse = set(config.sparse_layers)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, n in sparse) for n in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.mtp = nn.ModuleList(MultiTokenPrediction(config) for _ in range(config.num_nextn_predict_layers))
 
     def init_weights(self, seed: int) -> "Transformer":
         """Normal(0, initializer_range) matrices, drawn in order of depth from one seed on the CPU.
@@ -70,6 +57,7 @@ class Transformer(nn.Module):
         input_ids_BS: Tensor,
         cache: Sequence[LayerCache] | None = ...,
         start: int = ...,
+        attention_mask: Tensor | None = ...,
         return_aux: Literal[False] = ...,
     ) -> Tensor: ...
     @overload
@@ -78,6 +66,7 @@ class Transformer(nn.Module):
         input_ids_BS: Tensor,
         cache: Sequence[LayerCache] | None = ...,
         start: int = ...,
+        attention_mask: Tensor | None = ...,
         *,
         return_aux: Literal[True],
     ) -> tuple[Tensor, list[RouterAux]]: ...
@@ -86,35 +75,72 @@ class Transformer(nn.Module):
         input_ids_BS: Tensor,
         cache: Sequence[LayerCache] | None = None,
         start: int = 0,
+        attention_mask: Tensor | None = None,
         return_aux: bool = False,
     ) -> Tensor | tuple[Tensor, list[RouterAux]]:
         """Logits (B, S, V) for tokens at positions start, start + 1, …
 
-        `cache` holds one entry a layer and is extended in place. With `return_aux`, the router
+        `cache` holds one entry a layer and is extended in place. `attention_mask` (B, start + S) is 0
+        at padding, which must come first in its row (left-padding). With `return_aux`, the router
         outputs of the sparse layers come too, in order of depth.
         """
-        hidden_BSD, aux = self.hidden_states(input_ids_BS, cache, start)
-        logits_BSV: Tensor = self.lm_head(hidden_BSD)
+        hidden_BSD, aux = self.hidden_states(input_ids_BS, cache, start, attention_mask)
+        logits_BSV = self.logits(hidden_BSD)
         return (logits_BSV, aux) if return_aux else logits_BSV
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of what `hidden_states` returned, (..., D) -> (..., V)."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits if self.config.logits_scaling == 1 else logits / self.config.logits_scaling
 
     def hidden_states(
         self,
         input_ids_BS: Tensor,
         cache: Sequence[LayerCache] | None = None,
         start: int = 0,
+        attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterAux]]:
-        """What `lm_head` turns into logits (B, S, D), and what the routers did, in order of depth."""
+        """What `logits` takes (B, S, D), and what the routers did, in order of depth."""
         if cache is not None and self.config.router == "expert_choice" and self.config.is_sparse:
             raise TenfoldError(
                 "router expert_choice cannot generate: its experts choose among tokens of the future;"
                 " train with another router to generate"
             )
-        positions = torch.arange(start, start + input_ids_BS.shape[1], device=input_ids_BS.device)
-        rope = rope_tables(self.config, positions)
-        x_BSD = self.embed_tokens(input_ids_BS)
+        places = self._places(start, input_ids_BS.shape[1], attention_mask, input_ids_BS.device)
+        x_BSD = self._embed(input_ids_BS)
         aux = []
         for index, layer in enumerate(self.layers):
-            x_BSD, layer_aux = layer(x_BSD, rope, None if cache is None else cache[index])
+            place = places[self.config.window(index)]
+            x_BSD, layer_aux = layer(x_BSD, place, None if cache is None else cache[index])
             if layer_aux is not None:
                 aux.append(layer_aux)
         return self.norm(x_BSD), aux
+
+    def states_ahead(self, hidden_BSD: Tensor, input_ids_BS: Tensor) -> tuple[Tensor, list[RouterAux]]:
+        """What predicts the token after next, (B, S - 1, D), from `hidden_states` of the same tokens.
+
+        Needs a model with `num_nextn_predict_layers`.
+        """
+        (module,) = self.mtp
+        place = self._places(0, input_ids_BS.shape[1] - 1, None, input_ids_BS.device)
+        window = self.config.window(self.config.num_hidden_layers - 1)
+        ahead_BSD, aux = module(hidden_BSD[:, :-1], self._embed(input_ids_BS[:, 1:]), place[window])
+        return ahead_BSD, [] if aux is None else [aux]
+
+    def _embed(self, input_ids_BS: Tensor) -> Tensor:
+        x_BSD: Tensor = self.embed_tokens(input_ids_BS)
+        multiplier = self.config.embedding_multiplier
+        return x_BSD if multiplier == 1 else x_BSD * multiplier
+
+    def _places(
+        self, start: int, new: int, attention_mask: Tensor | None, device: torch.device
+    ) -> dict[int | None, Place]:
+        """For each window that layers have, where the new tokens stand and what they see."""
+        real_BT = None if attention_mask is None else attention_mask.bool()
+        if real_BT is None:
+            positions = torch.arange(start, start + new, device=device)
+        else:
+            positions = (real_BT.cumsum(-1) - 1).clamp(min=0)[:, start:]
+        cos, sin = rope_tables(self.config, positions)
+        windows = {self.config.window(n) for n in range(self.config.num_hidden_layers)}
+        return {w: Place(cos, sin, visible(new, start + new, w, real_BT, device)) for w in windows}

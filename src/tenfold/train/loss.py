@@ -50,5 +50,5 @@ def nats_by_piece(
     pieces = hidden_BSD.flatten(0, 1).split(HEAD_TOKENS)
     for hidden, targets in zip(pieces, targets_BS.flatten().split(HEAD_TOKENS), strict=True):
         with autocast(hidden.device, precision):
-            logits = model.lm_head(hidden)
+            logits = model.logits(hidden)
         yield F.cross_entropy(logits.float(), targets, reduction="sum")

@@ -11,6 +11,7 @@ from tenfold.train.settings import TrainSettings
 
 ADAMW_SHARE = 0.5
 """AdamW's learning rate beside Muon's."""
+_NOT_HIDDEN = ("embed_tokens", "lm_head", "router", "shared_expert_gate", "bias")
 
 
 def build_optimizers(model: Transformer, settings: TrainSettings) -> list[Optimizer]:
@@ -48,7 +49,7 @@ def split_parameters(model: Transformer) -> tuple[list[Parameter], list[Paramete
     """Hidden matrices, stacks of them (one an expert), and everything else."""
     matrices, stacks, rest = [], [], []
     for name, parameter in model.named_parameters():
-        hidden = not any(part in name for part in ("embed_tokens", "lm_head", "router"))
+        hidden = not any(part in name for part in _NOT_HIDDEN)
         if parameter.ndim == 3:
             stacks.append(parameter)
         elif parameter.ndim == 2 and hidden:

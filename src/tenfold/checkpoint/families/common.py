@@ -4,74 +4,110 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from tenfold.checkpoint.slot import Slot, SlotMap, part
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 
-Index = tuple[int | slice, ...]
-"""Selects a part of a tensor; empty selects all of it."""
-
-TensorMap = dict[str, tuple[str, Index]]
-"""Hugging Face tensor name -> (our name, the part of ours that it holds)."""
-
-ALL: Index = ()
+Sparse = Callable[[ModelConfig, str], SlotMap]
+"""The tensors of a sparse layer whose Hugging Face prefix is given."""
 
 
-def tensor_map(config: ModelConfig) -> TensorMap:
-    """The hub's on-disk names: one matrix a projection and expert, as Qwen and GLM publish."""
-    names = _whole("model.embed_tokens.weight", "model.norm.weight")
+def tensor_map(config: ModelConfig) -> SlotMap:
+    """The hub's on-disk names: one matrix a projection and expert, as Qwen, GLM and DeepSeek publish."""
+    return decoder_map(config, sparse_mlp)
+
+
+def decoder_map(config: ModelConfig, sparse: Sparse, mlp: str = "mlp") -> SlotMap:
+    """Names of a whole model whose sparse layers are called `mlp` and hold what `sparse` says."""
+    slots = whole("model.embed_tokens.weight", "model.norm.weight")
     if not config.tie_word_embeddings:
-        names["lm_head.weight"] = ("lm_head.weight", ALL)
+        slots["lm_head.weight"] = Slot("lm_head.weight")
     for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        norms = (f"{prefix}.input_layernorm.weight", f"{prefix}.post_attention_layernorm.weight")
-        names |= _whole(*norms) | _attention(config, f"{prefix}.self_attn")
-        if layer in config.sparse_layers:
-            names |= _sparse(config, f"{prefix}.mlp")
-        else:
-            names |= _swiglu(f"{prefix}.mlp", config.intermediate_size)
-    return names
+        kind = sparse if layer in config.sparse_layers else _dense_mlp
+        slots |= layer_map(config, f"model.layers.{layer}", kind, mlp)
+    return slots
 
 
-def _whole(*names: str) -> TensorMap:
+def layer_map(config: ModelConfig, prefix: str, kind: Sparse, mlp: str = "mlp") -> SlotMap:
+    """One block: norms, attention, and the feed-forward that `kind` names."""
+    norms = (f"{prefix}.input_layernorm.weight", f"{prefix}.post_attention_layernorm.weight")
+    attention = _latent_attention if config.is_latent else _attention
+    return whole(*norms) | attention(config, f"{prefix}.self_attn") | kind(config, f"{prefix}.{mlp}")
+
+
+def whole(*names: str) -> SlotMap:
     """Tensors that are called the same but for Hugging Face's leading `model.`"""
-    return {name: (_ours(name), ALL) for name in names}
+    return {name: Slot(ours(name)) for name in names}
 
 
-def _ours(name: str) -> str:
-    return name.removeprefix("model.")
+def ours(name: str) -> str:
+    """Our name of a module, from Hugging Face's."""
+    return name.removeprefix("model.").replace(".block_sparse_moe", ".mlp")
 
 
-def _attention(config: ModelConfig, prefix: str) -> TensorMap:
+def _attention(config: ModelConfig, prefix: str) -> SlotMap:
     parts = [f"{prefix}.{part}_proj.weight" for part in "qkvo"]
     if config.attention_bias:
         parts += [f"{prefix}.{part}_proj.bias" for part in "qkv"]
+    if config.attention_out_bias:
+        parts.append(f"{prefix}.o_proj.bias")
     if config.qk_norm != "none":
         parts += [f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight"]
-    return _whole(*parts)
+    if config.attention_sinks:
+        parts.append(f"{prefix}.sinks")
+    return whole(*parts)
 
 
-def _swiglu(prefix: str, width: int) -> TensorMap:
-    ours = _ours(prefix)
-    return {
-        f"{prefix}.gate_proj.weight": (f"{ours}.gate_up.weight", (slice(0, width),)),
-        f"{prefix}.up_proj.weight": (f"{ours}.gate_up.weight", (slice(width, 2 * width),)),
-        f"{prefix}.down_proj.weight": (f"{ours}.down.weight", ALL),
-    }
+def _latent_attention(config: ModelConfig, prefix: str) -> SlotMap:
+    parts = ["kv_a_proj_with_mqa.weight", "kv_a_layernorm.weight", "kv_b_proj.weight", "o_proj.weight"]
+    if config.q_lora_rank:
+        parts += ["q_a_proj.weight", "q_a_layernorm.weight", "q_b_proj.weight"]
+    else:
+        parts.append("q_proj.weight")
+    if config.attention_bias:
+        parts += ["kv_a_proj_with_mqa.bias"] + ["q_a_proj.bias"] * (config.q_lora_rank > 0)
+    if config.attention_out_bias:
+        parts.append("o_proj.bias")
+    return whole(*(f"{prefix}.{part}" for part in parts))
 
 
-def _sparse(config: ModelConfig, prefix: str) -> TensorMap:
-    ours, F = _ours(prefix), config.moe_intermediate_size
-    names: TensorMap = {f"{prefix}.gate.weight": (f"{ours}.router.weight", ALL)}
+def _dense_mlp(config: ModelConfig, prefix: str) -> SlotMap:
+    return swiglu(prefix, ours(prefix), config.intermediate_size, config.mlp_bias)
+
+
+def swiglu(prefix: str, our_prefix: str, width: int, bias: bool) -> SlotMap:
+    """A dense feed-forward; gate and up are the two halves of ours."""
+    slots = {}
+    for kind in ["weight"] + ["bias"] * bias:
+        gate_up = f"{our_prefix}.gate_up.{kind}"
+        slots[f"{prefix}.gate_proj.{kind}"] = Slot(gate_up, part(slice(0, width)))
+        slots[f"{prefix}.up_proj.{kind}"] = Slot(gate_up, part(slice(width, 2 * width)))
+        slots[f"{prefix}.down_proj.{kind}"] = Slot(f"{our_prefix}.down.{kind}")
+    return slots
+
+
+def sparse_mlp(config: ModelConfig, prefix: str) -> SlotMap:
+    """Router, experts and shared experts as Qwen, GLM and DeepSeek publish them."""
+    mlp = ours(prefix)
+    slots = {f"{prefix}.gate.weight": Slot(f"{mlp}.router.weight")}
     if config.router == "sigmoid":
-        names[f"{prefix}.gate.e_score_correction_bias"] = (f"{ours}.router.bias", ALL)
+        slots[f"{prefix}.gate.e_score_correction_bias"] = Slot(f"{mlp}.router.bias")
+    slots |= experts(config, prefix, "gate_proj", "up_proj", "down_proj")
+    if config.shared_width:
+        shared = f"{mlp}.shared_experts"
+        slots |= swiglu(f"{prefix}.shared_experts", shared, config.shared_width, config.mlp_bias)
+    return slots
+
+
+def experts(config: ModelConfig, prefix: str, gate: str, up: str, down: str) -> SlotMap:
+    """One matrix a projection and expert, under the family's names."""
+    mlp, F, slots = ours(prefix), config.moe_intermediate_size, {}
     for e in range(config.num_experts):
-        expert, gate_up = f"{prefix}.experts.{e}", f"{ours}.experts.gate_up"
-        names[f"{expert}.gate_proj.weight"] = (gate_up, (e, slice(0, F)))
-        names[f"{expert}.up_proj.weight"] = (gate_up, (e, slice(F, 2 * F)))
-        names[f"{expert}.down_proj.weight"] = (f"{ours}.experts.down", (e,))
-    if config.n_shared_experts:
-        names |= _swiglu(f"{prefix}.shared_experts", config.n_shared_experts * F)
-    return names
+        expert, gate_up = f"{prefix}.experts.{e}", f"{mlp}.experts.gate_up"
+        slots[f"{expert}.{gate}.weight"] = Slot(gate_up, part(e, slice(0, F)))
+        slots[f"{expert}.{up}.weight"] = Slot(gate_up, part(e, slice(F, 2 * F)))
+        slots[f"{expert}.{down}.weight"] = Slot(f"{mlp}.experts.down", part(e))
+    return slots
 
 
 def is_redundant(config: ModelConfig, name: str) -> bool:
@@ -92,7 +128,7 @@ class Family:
     """The contents of config.json."""
     from_hf: Callable[[dict[str, Any], str], ModelConfig]
     """The reverse; a TenfoldError names the source and what tenfold does not model."""
-    tensor_map: Callable[[ModelConfig], TensorMap] = tensor_map
+    tensor_map: Callable[[ModelConfig], SlotMap] = tensor_map
     is_redundant: Callable[[ModelConfig, str], bool] = is_redundant
 
 
