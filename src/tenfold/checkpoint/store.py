@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from tenfold.checkpoint import read_config, safetensors
@@ -16,6 +16,7 @@ from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.files import new_folder, write_json
 from tenfold.model.transformer import Transformer
+from tenfold.tokenizer import Tokenizer
 
 
 def load_model(
@@ -135,20 +136,15 @@ def _entries(model: Transformer, family: Family, dtype: torch.dtype) -> Iterator
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
     """Files from which transformers.AutoTokenizer makes the same tokenizer."""
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise TenfoldError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, more than the model's"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's"
             f" vocab_size {config.vocab_size}"
         )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-    }
+    settings: dict[str, Any] = {"model_max_length": config.max_position_embeddings}
     if config.eos_token_ids:
-        eos = tokenizer.id_to_token(config.eos_token_ids[0])
+        eos = tokenizer.raw.id_to_token(config.eos_token_ids[0])
         if eos is None:
             raise TenfoldError(f"the tokenizer has no token of eos_token_id {config.eos_token_ids[0]}")
         settings["eos_token"] = eos
-    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    write_json(directory / "tokenizer_config.json", settings)
+    tokenizer.save(directory, **settings)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from tenfold.checkpoint import load_model
 from tenfold.engine.kv_cache import new_kv_cache
@@ -13,15 +12,17 @@ from tenfold.engine.sampler import Sampler
 from tenfold.errors import TenfoldError
 from tenfold.model.transformer import Transformer
 from tenfold.sampling import SamplingParams
-from tenfold.tokenizer import Tokenizer, load_tokenizer
+from tenfold.tokenizer import TextStream, Tokenizer, load_tokenizer
 
 
 @torch.inference_mode()
-def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
-    """Tokens after the prompt, until the end-of-text token (not yielded) or `max_tokens`.
+def generate_tokens(
+    model: Transformer, prompt_ids: Sequence[int], params: SamplingParams, ends: Sequence[int] = ()
+) -> Iterator[int]:
+    """Tokens after the prompt, until one that ends a text (not yielded) or `max_tokens`.
 
-    Raises TenfoldError for an empty prompt, for one that leaves no room in the context, and for
-    a model that cannot generate.
+    Those that end a text are the config's `eos_token_ids` and `ends`. Raises TenfoldError for an empty
+    prompt, for one that leaves no room in the context, and for a model that cannot generate.
     """
     config = model.config
     room = config.max_position_embeddings - len(prompt_ids)
@@ -41,7 +42,7 @@ def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: Sampl
     for _ in range(wanted):
         hidden_BSD, _ = model.hidden_states(step, cache, position)
         token = sampler(model.logits(hidden_BSD[0, -1]))
-        if token in config.eos_token_ids:
+        if token in config.eos_token_ids or token in ends:
             return
         yield token
         position += step.shape[1]
@@ -55,9 +56,12 @@ class Generation:
     or the model's context ran out.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, prompt: str, params: SamplingParams):
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[int], params: SamplingParams
+    ):
+        """`prompt` is text, or token ids that are taken as they are."""
         self.model, self.tokenizer, self.params = model, tokenizer, params
-        self.prompt_ids = tokenizer.encode(prompt)
+        self.prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not self.prompt_ids and tokenizer.eos_token_id is not None:
             # A text begins where the one before it ended: that is how the model was trained.
             self.prompt_ids = [tokenizer.eos_token_id]
@@ -67,11 +71,12 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text that no later token can change and no stop string will take back."""
-        stream, whole = DecodeStream(skip_special_tokens=False), ""
+        stream, whole = TextStream(self.tokenizer), ""
         room = self.model.config.max_position_embeddings - len(self.prompt_ids)
-        for token in generate_tokens(self.model, self.prompt_ids, self.params):
+        ends = self.tokenizer.eos_token_ids
+        for token in generate_tokens(self.model, self.prompt_ids, self.params, ends):
             self.tokens.append(token)
-            whole += stream.step(self.tokenizer.raw, token) or ""
+            whole += stream.step(token)
             if (cut := self._stop_at(whole)) is not None:
                 self.finish_reason = "stop"
                 yield from self._advance(whole[:cut])
@@ -118,12 +123,12 @@ class Generation:
         }
 
 
-def load_generation(directory: Path, prompt: str, params: SamplingParams) -> Generation:
-    """A generation with the model and tokenizer of a saved directory."""
-    model, tokenizer = load_model(directory), load_tokenizer(directory)
+def load_model_and_tokenizer(path: Path) -> tuple[Transformer, Tokenizer]:
+    """The model and the tokenizer of a saved directory."""
+    model, tokenizer = load_model(path), load_tokenizer(path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise TenfoldError(
-            f"{directory}: tokenizer.json has {tokenizer.vocab_size} tokens, more than the model's"
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's"
             f" vocab_size {model.config.vocab_size}"
         )
-    return Generation(model, tokenizer, prompt, params)
+    return model, tokenizer
