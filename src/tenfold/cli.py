@@ -10,8 +10,8 @@ import cyclopts
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 
-from tenfold.config import first_problem
 from tenfold.errors import TenfoldError
+from tenfold.parsed import first_problem
 
 # Settings are classes whose annotations the parser reads: importing them must stay cheap.
 from tenfold.sampling import SamplingParams

@@ -29,7 +29,6 @@ class Counted:
     """Counts that follow from `params` and the few facts below, for any architecture."""
 
     tie_word_embeddings: bool
-    hidden_size: int
 
     def params(self) -> ParamCounts:
         """Parameters by kind; a tied embedding is counted once, as the embedding."""
@@ -53,9 +52,3 @@ class Counted:
         if input_embedding or self.tie_word_embeddings:
             return active
         return active - self.params().embedding
-
-    def weight_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of weights one generated token reads: all that is active, and one embedding row."""
-        row = 0 if self.tie_word_embeddings else self.hidden_size
-        weights = self.num_active_params(input_embedding=False) + row
-        return weights * BYTES_PER_WEIGHT[dtype]

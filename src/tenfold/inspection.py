@@ -5,13 +5,13 @@ from typing import Any
 
 from tenfold.checkpoint import load_config
 from tenfold.checkpoint.families import family_for
-from tenfold.config import ModelConfig
 from tenfold.counting import BYTES_PER_WEIGHT
 from tenfold.errors import TenfoldError
 from tenfold.presets import load_preset
+from tenfold.switch_config import AnyConfig
 
 
-def find_config(name: str) -> ModelConfig:
+def find_config(name: str) -> AnyConfig:
     """The config of a model directory, or of the preset called `name`."""
     if Path(name).is_dir():
         return load_config(Path(name))
@@ -20,7 +20,7 @@ def find_config(name: str) -> ModelConfig:
     return load_preset(name)
 
 
-def describe(config: ModelConfig, context: int) -> dict[str, Any]:
+def describe(config: AnyConfig, context: int) -> dict[str, Any]:
     """Parameters by kind, FLOPs of a token at `context`, bytes by dtype. Names are stable."""
     counts, total = config.params(), config.num_params()
     active = config.num_active_params()

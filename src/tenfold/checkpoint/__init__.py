@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.checkpoint.families import Family, family_of
-from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.files import read_json
+from tenfold.switch_config import AnyConfig
 
 if TYPE_CHECKING:
-    from tenfold.checkpoint.store import load_model, save_model
+    from tenfold.checkpoint.store import load_decoder_only, load_model, save_model
 
-__all__ = ["load_config", "load_model", "read_config", "read_object", "save_model"]
+__all__ = ["load_config", "load_decoder_only", "load_model", "read_config", "read_object", "save_model"]
 
 
-def load_config(directory: str | Path) -> ModelConfig:
+def load_config(directory: str | Path) -> AnyConfig:
     """The config of a model directory. Raises TenfoldError for anything but a known, valid one."""
     return read_config(Path(directory) / "config.json")[1]
 
 
-def read_config(path: Path) -> tuple[Family, ModelConfig]:
+def read_config(path: Path) -> tuple[Family, AnyConfig]:
     """A config.json, with the family it was written as."""
     raw = read_object(path)
     family = family_of(raw, str(path))
@@ -39,7 +39,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load_model", "save_model"):
+    if name in ("load_decoder_only", "load_model", "save_model"):
         from tenfold.checkpoint import store
 
         return getattr(store, name)

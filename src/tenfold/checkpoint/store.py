@@ -3,24 +3,29 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tenfold.checkpoint import read_config, safetensors
+from tenfold.checkpoint import load_config, read_config, safetensors
 from tenfold.checkpoint.families import Family, family_for
 from tenfold.checkpoint.slot import Slot, SlotMap
 from tenfold.checkpoint.stored import Stored
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.files import new_folder, write_json
+from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
+from tenfold.switch_config import AnyConfig, SwitchConfig, decoder_only
+
+Model = Transformer | SwitchTransformer
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Transformer:
+) -> Model:
     """The model in a directory, in eval mode. Router biases stay float32 whatever `dtype` is.
 
     Raises TenfoldError naming the file and tensor for anything missing, left over or misshapen.
@@ -39,6 +44,14 @@ def load_model(
     return model.eval()
 
 
+def load_decoder_only(directory: Path) -> Transformer:
+    """The model in a directory, for what works on no encoder-decoder: one is a TenfoldError."""
+    decoder_only(load_config(directory), str(directory))
+    model = load_model(directory)
+    assert isinstance(model, Transformer)
+    return model
+
+
 def _check_names(source: str, slots: SlotMap, tensors: dict[str, Stored]) -> None:
     for name, slot in slots.items():
         if name not in tensors and not slot.is_copy:
@@ -48,19 +61,18 @@ def _check_names(source: str, slots: SlotMap, tensors: dict[str, Stored]) -> Non
             raise TenfoldError(f"{stored.file}: tensor {name} has no place in {source}")
 
 
-def _empty(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Transformer:
+def _empty(config: AnyConfig, dtype: torch.dtype, device: str | torch.device) -> Model:
     """Allocated and not filled: the meta device spares the time of a random initialization."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = SwitchTransformer(config) if isinstance(config, SwitchConfig) else Transformer(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
-    if config.tie_word_embeddings:  # to_empty allocates a shared parameter twice
-        model.lm_head.weight = model.embed_tokens.weight
+    model.tie_weights()  # to_empty allocates a shared parameter twice
     return model
 
 
-def _fill(model: Transformer, slots: SlotMap, tensors: dict[str, Stored]) -> None:
+def _fill(model: Model, slots: SlotMap, tensors: dict[str, Stored]) -> None:
     ours = _own_tensors(model)
     filled: Counter[str] = Counter()
     for name, stored in tensors.items():
@@ -88,16 +100,14 @@ def _copy(stored: Stored, slot: Slot, target: Tensor) -> None:
         target[rows].copy_(piece.view(target[rows].shape))
 
 
-def _own_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Parameters and buffers by name, a tied head left out."""
-    tensors: dict[str, Tensor] = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    return tensors
+def _own_tensors(model: Model) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those that share a tensor once."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach() for name, tensor in named}
 
 
 def save_model(
-    model: Transformer,
+    model: Model,
     directory: str | Path,
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
@@ -110,7 +120,7 @@ def save_model(
     """
     directory = Path(directory)
     family = family_for(model.config)
-    dtype = dtype or model.embed_tokens.weight.dtype
+    dtype = dtype or model.lm_head.weight.dtype
     if dtype not in safetensors.DTYPES:
         raise TenfoldError(f"cannot save as {dtype}, only {', '.join(map(str, safetensors.DTYPES))}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -124,7 +134,7 @@ def save_model(
     return family
 
 
-def _entries(model: Transformer, family: Family, dtype: torch.dtype) -> Iterator[safetensors.Entry]:
+def _entries(model: Model, family: Family, dtype: torch.dtype) -> Iterator[safetensors.Entry]:
     tensors = _own_tensors(model)
     buffers = dict(model.named_buffers())
     for name, slot in family.tensor_map(model.config).items():
@@ -133,18 +143,19 @@ def _entries(model: Transformer, family: Family, dtype: torch.dtype) -> Iterator
         yield safetensors.Entry(name, view, slot.shape(view), saved_as)
 
 
-def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: AnyConfig) -> None:
     """Files from which transformers.AutoTokenizer makes the same tokenizer."""
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise TenfoldError(
             f"the tokenizer has {tokenizer.get_vocab_size()} tokens, more than the model's"
             f" vocab_size {config.vocab_size}"
         )
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }
+    if isinstance(config, ModelConfig):
+        settings["model_max_length"] = config.max_position_embeddings
     if config.eos_token_ids:
         eos = tokenizer.id_to_token(config.eos_token_ids[0])
         if eos is None:

@@ -8,9 +8,12 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from tenfold.checkpoint import load_model
+from tenfold.checkpoint.store import Model
+from tenfold.engine import encoder_decoder
 from tenfold.engine.kv_cache import new_kv_cache
 from tenfold.engine.sampler import Sampler
 from tenfold.errors import TenfoldError
+from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
 from tenfold.sampling import SamplingParams
 from tenfold.tokenizer import Tokenizer, load_tokenizer
@@ -48,6 +51,14 @@ def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: Sampl
         step = torch.tensor([[token]], device=weight.device)
 
 
+def new_tokens(model: Model, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[Iterator[int], int]:
+    """The tokens to come, whichever kind of model it is, and how many there can be."""
+    if isinstance(model, SwitchTransformer):
+        return encoder_decoder.generate_tokens(model, prompt_ids, params), params.max_tokens
+    room = model.config.max_position_embeddings - len(prompt_ids)
+    return generate_tokens(model, prompt_ids, params), min(params.max_tokens, room)
+
+
 class Generation:
     """Text as it is generated: iterate for the pieces; then `text`, `tokens` and `finish_reason`.
 
@@ -55,7 +66,7 @@ class Generation:
     or the model's context ran out.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, prompt: str, params: SamplingParams):
+    def __init__(self, model: Model, tokenizer: Tokenizer, prompt: str, params: SamplingParams):
         self.model, self.tokenizer, self.params = model, tokenizer, params
         self.prompt_ids = tokenizer.encode(prompt)
         if not self.prompt_ids and tokenizer.eos_token_id is not None:
@@ -68,8 +79,8 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         """Pieces of text that no later token can change and no stop string will take back."""
         stream, whole = DecodeStream(skip_special_tokens=False), ""
-        room = self.model.config.max_position_embeddings - len(self.prompt_ids)
-        for token in generate_tokens(self.model, self.prompt_ids, self.params):
+        tokens, most = new_tokens(self.model, self.prompt_ids, self.params)
+        for token in tokens:
             self.tokens.append(token)
             whole += stream.step(self.tokenizer.raw, token) or ""
             if (cut := self._stop_at(whole)) is not None:
@@ -77,7 +88,7 @@ class Generation:
                 yield from self._advance(whole[:cut])
                 return
             yield from self._advance(whole[: len(whole) - self._begun_stop(whole)])
-        if len(self.tokens) < min(self.params.max_tokens, room):
+        if len(self.tokens) < most:
             self.finish_reason = "stop"
         yield from self._advance(self.tokenizer.decode(self.tokens))
 
