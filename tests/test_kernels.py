@@ -56,14 +56,15 @@ def test_backend_equals_reference(
 ) -> None:
     torch.manual_seed(seed)
     ids = routing(kind, tokens, experts, min(top_k, experts))
+    rows = width if activation == "relu" else 2 * width
     inputs = (
         torch.randn(tokens, hidden),
-        torch.randn(experts, 2 * width, hidden),
+        torch.randn(experts, rows, hidden),
         torch.randn(experts, hidden, width),
         torch.rand(ids.shape),
     )
     if biased:
-        inputs += (torch.randn(experts, 2 * width), torch.randn(experts, hidden))
+        inputs += (torch.randn(experts, rows), torch.randn(experts, hidden))
     upstream = torch.randn(tokens, hidden)
     ours = run(BACKENDS[backend], inputs, ids, upstream, activation)
     truth = run(reference.experts, tuple(t.double() for t in inputs), ids, upstream.double(), activation)
@@ -112,22 +113,37 @@ def test_clamped_swiglu_is_the_formula() -> None:
         torch.testing.assert_close(out[token], want)
 
 
+def test_relu_is_the_formula() -> None:
+    """Switch: no gate, so the first projection has as many rows as the second has columns."""
+    torch.manual_seed(0)
+    x, wi, wo = torch.randn(3, 4), torch.randn(2, 5, 4), torch.randn(2, 4, 5)
+    ids, weights = torch.tensor([[0], [1], [EMPTY_SLOT]]), torch.rand(3, 1)
+    out = reference.experts(x, wi, wo, ids, weights, "relu")
+    for token, expert in enumerate([0, 1]):
+        hidden = (wi[expert] @ x[token]).clamp(min=0)
+        torch.testing.assert_close(out[token], weights[token, 0] * (wo[expert] @ hidden))
+    assert (out[2] == 0).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("biased", [False, True])
-def test_one_token_without_gradient(backend: str, kind: str, biased: bool) -> None:
+def test_one_token_without_gradient(backend: str, kind: str, activation: str, biased: bool) -> None:
     """Decoding takes its own path."""
     torch.manual_seed(0)
     ids = routing(kind, 1, 5, 3)
+    rows = 4 if activation == "relu" else 8
     arguments = (
         torch.randn(1, 8),
-        torch.randn(5, 8, 8),
+        torch.randn(5, rows, 8),
         torch.randn(5, 8, 4),
         ids,
         torch.rand(1, 3),
+        activation,
     )
     if biased:
-        arguments += ("clamped_swiglu", torch.randn(5, 8), torch.randn(5, 8))
+        arguments += (torch.randn(5, rows), torch.randn(5, 8))
     with torch.no_grad():
         torch.testing.assert_close(BACKENDS[backend](*arguments), reference.experts(*arguments))
 
