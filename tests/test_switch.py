@@ -199,9 +199,10 @@ def test_a_padded_batch_is_its_prompts(seed: int, side: str, tmp_path: Path) -> 
         close(logits, theirs.logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_row_of_padding_alone_is_finite() -> None:
-    ours = build()
+def test_a_row_of_padding_alone_is_finite(dtype: torch.dtype) -> None:
+    ours = build().to(dtype)
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
     assert ours(ids(ours, 4), ids(ours, 3), mask).isfinite().all()
 
