@@ -109,19 +109,19 @@ def compare(
 
 @app.command
 def generate(
-    model: Path,
+    model: str,
     /,
     *,
     prompt: str = "",
     params: Annotated[SamplingParams, Flat] = SamplingParams(),  # noqa: B008
     json: Json = False,
 ) -> None:
-    """Write text with a model directory.
+    """Write text with a model.
 
     Parameters
     ----------
     model
-        directory of a saved model
+        directory of a model, or its id on the Hugging Face hub (owner/name)
     prompt
         text to go on from
     """

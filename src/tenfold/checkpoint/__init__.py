@@ -11,6 +11,7 @@ from tenfold.checkpoint.families import Family, family_of
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.files import read_json
+from tenfold.hub import resolve
 
 if TYPE_CHECKING:
     from tenfold.checkpoint.store import load_model, save_model
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["load_config", "load_model", "read_config", "read_object", "save_model"]
 
 
-def load_config(directory: str | Path) -> ModelConfig:
-    """The config of a model directory. Raises TenfoldError for anything but a known, valid one."""
-    return read_config(Path(directory) / "config.json")[1]
+def load_config(path_or_id: str | Path) -> ModelConfig:
+    """The config of a model directory or hub id. Raises TenfoldError for anything but a known, valid one."""
+    return read_config(resolve(path_or_id, "config") / "config.json")[1]
 
 
 def read_config(path: Path) -> tuple[Family, ModelConfig]:

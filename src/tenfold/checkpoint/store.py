@@ -15,17 +15,18 @@ from tenfold.checkpoint.stored import Stored
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.files import new_folder, write_json
+from tenfold.hub import resolve
 from tenfold.model.transformer import Transformer
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model in a directory, in eval mode. Router biases stay float32 whatever `dtype` is.
+    """The model in a directory or of a hub id, in eval mode. Router biases stay float32 whatever `dtype` is.
 
     Raises TenfoldError naming the file and tensor for anything missing, left over or misshapen.
     """
-    directory = Path(path)
+    directory = resolve(path_or_id)
     family, config = read_config(directory / "config.json")
     tensors = safetensors.list_tensors(directory)
     config = family.present(config, tensors)

@@ -11,6 +11,7 @@ from tenfold.checkpoint import load_model
 from tenfold.engine.kv_cache import new_kv_cache
 from tenfold.engine.sampler import Sampler
 from tenfold.errors import TenfoldError
+from tenfold.hub import resolve
 from tenfold.model.transformer import Transformer
 from tenfold.sampling import SamplingParams
 from tenfold.tokenizer import Tokenizer, load_tokenizer
@@ -118,8 +119,9 @@ class Generation:
         }
 
 
-def load_generation(directory: Path, prompt: str, params: SamplingParams) -> Generation:
-    """A generation with the model and tokenizer of a saved directory."""
+def load_generation(path_or_id: str | Path, prompt: str, params: SamplingParams) -> Generation:
+    """A generation with the model and tokenizer of a directory or hub id."""
+    directory = resolve(path_or_id)
     model, tokenizer = load_model(directory), load_tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise TenfoldError(
