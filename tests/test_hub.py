@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,8 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from tenfold.checkpoint import save_model
+from tenfold.config import ModelConfig
+from tenfold.engine.llm import load_generation
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve
+from tenfold.model.transformer import Transformer
+from tenfold.sampling import SamplingParams
+from tenfold.tokenizer import train_bpe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -29,12 +36,15 @@ USELESS = {
     "metal/model.bin", "onnx/model.onnx", "original/config.json", "training_args.bin",
 }  # fmt: skip
 REPOSITORIES = {
-    "some/model": NEEDED | USELESS,
-    "some/old": {"config.json", "tokenizer.json", "pytorch_model-00001-of-00001.bin",
-                 "pytorch_model.bin.index.json", "rust_model.ot"},
-    "some/gguf": {"tiny-Q4_0.gguf", "sub/tiny-Q8_0.gguf", "README.md"},
-    "some/data": {"README.md"},
-}  # fmt: skip
+    repo: {name: name.encode() for name in files}
+    for repo, files in {
+        "some/model": NEEDED | USELESS,
+        "some/old": {"config.json", "pytorch_model-1.bin", "pytorch_model.bin.index.json", "rust_model.ot"},
+        "some/gguf": {"tiny-Q4_0.gguf", "sub/tiny-Q8_0.gguf", "README.md"},
+        "some/data": {"README.md"},
+    }.items()
+}
+"""The files of each; most hold their own name."""
 REFUSALS = {"some/gated": (403, "GatedRepo"), "some/secret": (401, "RepoNotFound"), "some/broken": (500, "")}
 
 
@@ -47,14 +57,9 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
 
-    def resolve(self, *arguments: str, **environment: str) -> Path:
-        """What a new process makes of a hub id; its error as a TenfoldError."""
+    def run(self, code: str, *arguments: str, **environment: str) -> str:
+        """What a new process prints; its TenfoldError, if it ends in one."""
         self.asked.clear()
-        code = (
-            "import sys; from tenfold.errors import TenfoldError; from tenfold.hub import resolve\n"
-            "try: print(resolve(*sys.argv[1:]))\n"
-            "except TenfoldError as error: sys.exit(f'TenfoldError {error}')"
-        )
         own = {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(self.cache),
@@ -69,10 +74,14 @@ class Hub:
             timeout=30,
         )
         if done.returncode:
-            error = done.stderr.splitlines()[-1]
-            assert error.startswith("TenfoldError "), done.stderr
-            raise TenfoldError(error)
-        return Path(done.stdout.strip())
+            name, _, message = done.stderr.splitlines()[-1].partition(": ")
+            assert name == "tenfold.errors.TenfoldError", done.stderr
+            raise TenfoldError(message)
+        return done.stdout
+
+    def resolve(self, *arguments: str, **environment: str) -> Path:
+        code = "import sys; from tenfold.hub import resolve; print(resolve(*sys.argv[1:]))"
+        return Path(self.run(code, *arguments, **environment).strip())
 
     @property
     def fetched(self) -> set[str]:
@@ -96,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         path += "/revision/main" * (path.count("/") == 1)
         owner, name, verb, revision, *file = path.split("/")
         repo = f"{owner}/{name}"
-        files = REPOSITORIES.get(repo, set())
+        files = REPOSITORIES.get(repo, {})
         if repo in REFUSALS:
             self.reply(b"", *REFUSALS[repo])
         elif not files:
@@ -107,10 +116,12 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             self.reply(json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
         elif verb == "tree":
-            listing = [{"type": "file", "path": name, "size": len(name), "oid": "0" * 40} for name in files]
+            listing = [
+                {"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files
+            ]
             self.reply(json.dumps(listing).encode())
         else:
-            self.reply("/".join(file).encode())
+            self.reply(files["/".join(file)])
 
     def reply(self, body: bytes, status: int = 200, error: str = "") -> None:
         self.send_response(status)
@@ -130,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
 def hub(tmp_path: Path) -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Handler.hub = Hub(f"http://127.0.0.1:{server.server_port}", tmp_path / "hf")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield Handler.hub
     server.shutdown()
     server.server_close()
@@ -166,7 +177,7 @@ def test_a_part_is_completed_when_more_is_asked_for(hub: Hub) -> None:
 
 def test_pickled_weights_are_fetched_only_without_safetensors(hub: Hub) -> None:
     folder = hub.resolve("some/old")
-    assert names(folder) == REPOSITORIES["some/old"] - {"rust_model.ot"}
+    assert names(folder) == REPOSITORIES["some/old"].keys() - {"rust_model.ot"}
     hub.resolve("some/old")
     assert hub.asked == []
 
@@ -192,22 +203,50 @@ def test_what_another_program_cached_file_by_file_serves_offline(hub: Hub) -> No
     assert hub.resolve("some/model", HF_HUB_OFFLINE="1") == folder
 
 
-REFUSED = [
-    ("some/gated", "some/gated is gated: accept its terms at http.*HF_TOKEN"),
-    ("some/secret", "some/secret: no such file or directory, nor a repository .* private"),
-    ("some/typo", "some/typo: no such file or directory, nor a repository"),
-    ("some/model@v9", "some/model has no revision v9"),
-    ("some/gguf/tiny-Q4_1.gguf", r"has no file tiny-Q4_1.gguf \(did you mean tiny-Q4_0.gguf\?\)"),
-    ("some/gguf", "no config.json; name one of its GGUF files: .*tiny-Q4_0.gguf"),
-    ("some/data", "some/data has no config.json$"),
-    ("some/broken", "some/broken: .*500.*hf download some/broken --local-dir DIR"),
-]
+def test_a_hub_id_serves_wherever_a_path_does(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_bpe(iter(["some text"]), 300)
+    config = ModelConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    save_model(Transformer(config), tmp_path / "tiny", tokenizer)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
+    monkeypatch.setitem(REPOSITORIES, "some/tiny", files)
+    tenfold = "from tenfold.cli import main; main()"
+
+    found = json.loads(hub.run(tenfold, "inspect", "some/tiny", "--json"))
+    assert found["total_params"] == config.num_params()
+    assert hub.fetched == {"config.json"}
+
+    options = ("--prompt", "some", "--max-tokens", "3", "--temperature", "0", "--json")
+    from_hub = json.loads(hub.run(tenfold, "generate", "some/tiny", *options))
+    assert hub.fetched == files.keys() - {"config.json"}
+    here = load_generation(tmp_path / "tiny", "some", SamplingParams(max_tokens=3, temperature=0))
+    assert from_hub == here.finish().summary()
 
 
-@pytest.mark.parametrize(("hub_id", "words"), REFUSED)
-def test_refusals_are_said_in_words(hub: Hub, hub_id: str, words: str) -> None:
-    with pytest.raises(TenfoldError, match=words):
-        hub.resolve(hub_id)
+REFUSED = {
+    "some/gated": "some/gated is gated: accept its terms at http.*HF_TOKEN",
+    "some/secret": "some/secret: no such file or directory, nor a repository .* private",
+    "some/typo": "some/typo: no such file or directory, nor a repository",
+    "some/model@v9": "some/model has no revision v9",
+    "some/gguf/tiny-Q4_1.gguf": r"has no file tiny-Q4_1.gguf \(did you mean tiny-Q4_0.gguf\?\)",
+    "some/gguf": "no config.json; name one of its GGUF files: .*tiny-Q4_0.gguf",
+    "some/data": "some/data has no config.json$",
+    "some/broken": "some/broken: .*500.*hf download some/broken --local-dir DIR",
+}
+
+
+def test_refusals_are_said_in_words(hub: Hub) -> None:
+    code = (
+        "import sys; from tenfold.errors import TenfoldError; from tenfold.hub import resolve\n"
+        "for hub_id in sys.argv[1:]:\n"
+        "    try: resolve(hub_id)\n"
+        "    except TenfoldError as error: print(error)"
+    )
+    said = hub.run(code, *REFUSED).splitlines()
+    assert len(said) == len(REFUSED)
+    for sentence, words in zip(said, REFUSED.values(), strict=True):
+        assert re.search(words, sentence)
 
 
 def test_a_refused_token_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
