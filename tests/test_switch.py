@@ -18,7 +18,7 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
-from tenfold.checkpoint import load_model, save_model
+from tenfold.checkpoint import load_decoder_only, load_model, save_model
 from tenfold.checkpoint.families import family_for
 from tenfold.checkpoint.families.switch import from_hf
 from tenfold.engine.encoder_decoder import generate_tokens
@@ -283,3 +283,11 @@ def test_tensors_that_older_files_repeat_are_passed_over(tmp_path: Path) -> None
     )  # fmt: skip
     change_tensors(tmp_path / "m", lambda t: t.update({name: torch.ones(1) for name in extra}))
     assert torch.equal(load_model(tmp_path / "m").lm_head.weight, ours.lm_head.weight)
+
+
+def test_what_takes_decoders_only_refuses_the_directory(tmp_path: Path) -> None:
+    save_model(build(), tmp_path / "m")
+    with pytest.raises(
+        TenfoldError, match="m is an encoder-decoder .switch_transformers.; give a decoder-only"
+    ):
+        load_decoder_only(tmp_path / "m")

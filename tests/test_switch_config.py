@@ -1,7 +1,6 @@
 """SwitchConfig: counts against built models, published totals, and what is refused."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from tenfold.checkpoint.families import family_for
 from tenfold.checkpoint.families.switch import from_hf
 from tenfold.cli import main
 from tenfold.errors import TenfoldError
-from tenfold.inspection import describe, find_config
 from tenfold.model.switch import SwitchTransformer
 from tenfold.presets import load_preset
 from tenfold.switch_config import SwitchConfig
@@ -72,32 +70,7 @@ def test_counts_are_those_of_the_built_model(config: SwitchConfig) -> None:
     assert config.kv_bytes_per_token("bfloat16") == 2 * seen
     rest = config.d_model + sizes["decoder.relative_attention_bias.weight"]
     row = 0 if config.tie_word_embeddings else config.d_model
-    assert config.weight_bytes_per_token("float32") == 4 * (used + rest + row)
-
-
-PUBLISHED = {
-    "switch-base-8": (619_339_008, 222_977_280),
-    "switch-base-16": (1_072_397_568, 223_051_008),
-    "switch-base-32": (1_978_514_688, 223_198_464),
-    "switch-base-64": (3_790_748_928, 223_493_376),
-    "switch-base-128": (7_415_217_408, 224_083_200),
-    "switch-base-256": (14_664_154_368, 225_262_848),
-    "switch-large-128": (26_309_291_008, 740_813_824),
-    "switch-c-2048": (1_571_308_972_448, 1_728_326_048),
-}
-
-
-@pytest.mark.parametrize(("name", "totals"), PUBLISHED.items())
-def test_presets_have_the_published_totals_and_build_fast(name: str, totals: tuple[int, int]) -> None:
-    start = time.monotonic()
-    config = find_config(name)
-    counts = describe(config, 512)
-    assert (counts["total_params"], counts["active_params"]) == totals
-    assert counts["architecture"] == "SwitchTransformersForConditionalGeneration"
-    with torch.device("meta"):
-        model = SwitchTransformer(config)
-    assert time.monotonic() - start < 2
-    assert sum(parameter.numel() for parameter in model.parameters()) == totals[0]
+    assert config.weights_per_token() == used + rest + row
 
 
 SMALL = {

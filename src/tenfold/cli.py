@@ -109,19 +109,19 @@ def compare(
 
 @app.command
 def generate(
-    model: Path,
+    model: str,
     /,
     *,
     prompt: str = "",
     params: Annotated[SamplingParams, Flat] = SamplingParams(),  # noqa: B008
     json: Json = False,
 ) -> None:
-    """Write text with a model directory.
+    """Write text with a model.
 
     Parameters
     ----------
     model
-        directory of a saved model
+        directory of a model, or its id on the Hugging Face hub (owner/name)
     prompt
         text to go on from
     """
@@ -144,13 +144,20 @@ def inspect(model: str, /, *, context: Context = 4096, json: Json = False) -> No
     Parameters
     ----------
     model
-        a preset, or the directory of a model
+        a preset, the directory of a model, or its id on the Hugging Face hub (owner/name)
     context
         positions a token attends to, for the FLOPs
     """
-    from tenfold.inspection import describe, find_config
+    from tenfold.inspection import inspect as run
+    from tenfold.inspection import tables
 
-    _print_table(describe(find_config(model), context), model, json)
+    found = run(model, context)
+    if json:
+        print(json_.dumps(found))
+        return
+    from rich.console import Console
+
+    Console().print(*tables(found, model), sep="")
 
 
 def _print_report(report: dict[str, Any], out: Path, json: bool) -> None:

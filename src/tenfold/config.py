@@ -289,11 +289,10 @@ class ModelConfig(Counted, Parsed):
             width = self.kv_lora_rank + self.qk_rope_head_dim
         return width * self.num_hidden_layers * BYTES_PER_WEIGHT[dtype]
 
-    def weight_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of weights one generated token reads: all that is active, and one embedding row."""
+    def weights_per_token(self) -> int:
+        """Weights one generated token reads: all that is active, but only one row of the embedding."""
         row = 0 if self.tie_word_embeddings else self.hidden_size
-        weights = self.num_active_params(input_embedding=False) + row
-        return weights * BYTES_PER_WEIGHT[dtype]
+        return self.num_active_params(input_embedding=False) + row
 
     def dense_twin(self, equal: Literal["active", "total"]) -> "ModelConfig":
         """The dense model with the same active, or the same total, parameters (within 2%).

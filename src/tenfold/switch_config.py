@@ -121,13 +121,12 @@ class SwitchConfig(Counted, Parsed):
         """Bytes of cache for each token: cross-attention's for the prompt's, else self-attention's."""
         return 2 * self.inner_dim * self.num_decoder_layers * BYTES_PER_WEIGHT[dtype]
 
-    def weight_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of weights one generated token reads: decoder, head, and one embedding row."""
+    def weights_per_token(self) -> int:
+        """Weights one generated token reads: decoder, head, and one row of the embedding."""
         router_biases = len(self.decoder_sparse_layers) * self.num_experts * self.router_bias
         norms = (3 * self.num_decoder_layers + 1) * self.d_model
         row = 0 if self.tie_word_embeddings else self.d_model
-        weights = self._decode_matrices() + router_biases + norms + self._bias_table() + row
-        return weights * BYTES_PER_WEIGHT[dtype]
+        return self._decode_matrices() + router_biases + norms + self._bias_table() + row
 
     def _decode_matrices(self) -> int:
         """Weights that multiply one generated token."""

@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tenfold.errors import TenfoldError
+from tenfold.hub import resolve
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # every byte, and the end of a text
@@ -77,13 +78,13 @@ def tokenizer_file(path: Path) -> Path:
     return file
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer.json, or the one in a folder.
+def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
+    """Load a tokenizer.json, or the one in a folder or of a hub id.
 
     The token that ends a text is the eos_token of the tokenizer_config.json beside it, else
     `<|endoftext|>`, else none. Raises TenfoldError naming the file that is missing or corrupt.
     """
-    file = tokenizer_file(Path(path))
+    file = tokenizer_file(resolve(path_or_id, "tokenizer"))
     try:
         raw = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower

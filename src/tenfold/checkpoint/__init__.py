@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tenfold.checkpoint.families import Family, family_of
 from tenfold.errors import TenfoldError
 from tenfold.files import read_json
+from tenfold.hub import resolve
 from tenfold.switch_config import AnyConfig
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["load_config", "load_decoder_only", "load_model", "read_config", "read_object", "save_model"]
 
 
-def load_config(directory: str | Path) -> AnyConfig:
-    """The config of a model directory. Raises TenfoldError for anything but a known, valid one."""
-    return read_config(Path(directory) / "config.json")[1]
+def load_config(path_or_id: str | Path) -> AnyConfig:
+    """The config of a model directory or hub id. Raises TenfoldError for anything but a known, valid one."""
+    return read_config(resolve(path_or_id, "config") / "config.json")[1]
 
 
 def read_config(path: Path) -> tuple[Family, AnyConfig]:

@@ -16,6 +16,7 @@ from tenfold.checkpoint.stored import Stored
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.files import new_folder, write_json
+from tenfold.hub import resolve
 from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
 from tenfold.switch_config import AnyConfig, SwitchConfig, decoder_only
@@ -24,13 +25,13 @@ Model = Transformer | SwitchTransformer
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Model:
-    """The model in a directory, in eval mode. Router biases stay float32 whatever `dtype` is.
+    """The model in a directory or of a hub id, in eval mode. Router biases stay float32 whatever `dtype` is.
 
     Raises TenfoldError naming the file and tensor for anything missing, left over or misshapen.
     """
-    directory = Path(path)
+    directory = resolve(path_or_id)
     family, config = read_config(directory / "config.json")
     tensors = safetensors.list_tensors(directory)
     config = family.present(config, tensors)
@@ -61,10 +62,14 @@ def _check_names(source: str, slots: SlotMap, tensors: dict[str, Stored]) -> Non
             raise TenfoldError(f"{stored.file}: tensor {name} has no place in {source}")
 
 
+def new_model(config: AnyConfig) -> Model:
+    return SwitchTransformer(config) if isinstance(config, SwitchConfig) else Transformer(config)
+
+
 def _empty(config: AnyConfig, dtype: torch.dtype, device: str | torch.device) -> Model:
     """Allocated and not filled: the meta device spares the time of a random initialization."""
     with torch.device("meta"):
-        model = SwitchTransformer(config) if isinstance(config, SwitchConfig) else Transformer(config)
+        model = new_model(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)

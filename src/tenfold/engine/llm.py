@@ -13,6 +13,7 @@ from tenfold.engine import encoder_decoder
 from tenfold.engine.kv_cache import new_kv_cache
 from tenfold.engine.sampler import Sampler
 from tenfold.errors import TenfoldError
+from tenfold.hub import resolve
 from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
 from tenfold.sampling import SamplingParams
@@ -129,8 +130,9 @@ class Generation:
         }
 
 
-def load_generation(directory: Path, prompt: str, params: SamplingParams) -> Generation:
-    """A generation with the model and tokenizer of a saved directory."""
+def load_generation(path_or_id: str | Path, prompt: str, params: SamplingParams) -> Generation:
+    """A generation with the model and tokenizer of a directory or hub id."""
+    directory = resolve(path_or_id)
     model, tokenizer = load_model(directory), load_tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise TenfoldError(
