@@ -288,6 +288,6 @@ def test_tensors_that_older_files_repeat_are_passed_over(tmp_path: Path) -> None
 def test_what_takes_decoders_only_refuses_the_directory(tmp_path: Path) -> None:
     save_model(build(), tmp_path / "m")
     with pytest.raises(
-        TenfoldError, match="m is an encoder-decoder .switch_transformers.; give a decoder-only"
+        TenfoldError, match=r"m is an encoder-decoder \(switch_transformers\); give a decoder-only"
     ):
         load_decoder_only(tmp_path / "m")
