@@ -64,13 +64,13 @@ class Top1Router(nn.Module):
 
 
 class ReluExperts(nn.Module):
-    """The weights of all experts, stacked."""
+    """The weights of all experts, stacked: wi (E, F, D) and wo (E, D, F)."""
 
     def __init__(self, config: SwitchConfig):
         super().__init__()
-        E, D, F = config.num_experts, config.d_model, config.d_ff
-        self.wi = nn.Parameter(torch.empty(E, F, D))
-        self.wo = nn.Parameter(torch.empty(E, D, F))
+        experts, width, hidden = config.num_experts, config.d_model, config.d_ff
+        self.wi = nn.Parameter(torch.empty(experts, hidden, width))
+        self.wo = nn.Parameter(torch.empty(experts, width, hidden))
 
     def forward(self, x_TD: Tensor, expert_ids_T1: Tensor, expert_weights_T1: Tensor) -> Tensor:
         out_TD: Tensor = grouped_mm.experts(
