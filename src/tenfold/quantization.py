@@ -28,12 +28,11 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Float32 weights from gpt-oss's MXFP4 (OCP Microscaling Formats 1.0).
 
     `blocks` is (..., rows, blocks, 16) uint8, two codes a byte with the low one first; `scales` is
-    (..., rows, blocks) uint8, exponents of two biased by 127, where 255 makes the block infinite or NaN.
+    (..., rows, blocks) uint8, exponents of two biased by 127.
     The result is (..., columns, rows): as the model multiplies by it, transposed from what is stored.
     """
-    values = torch.tensor(FP4_VALUES)
+    values = torch.tensor(FP4_VALUES, dtype=torch.float32)
     code = torch.arange(256)
     pairs = torch.stack((values[code & 15], values[code >> 4]), dim=1)
     out = pairs[blocks.int()].flatten(-2)
-    out *= torch.ldexp(torch.ones(()), scales.int() - 127)[..., None]
-    return out.flatten(-2).mT
+    return out.ldexp_(scales.int()[..., None] - 127).flatten(-2).mT
