@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tenfold.checkpoint import load_config, read_config, safetensors
+from tenfold.checkpoint import load_config, read_config, safetensors, weights
 from tenfold.checkpoint.families import Family, family_for
 from tenfold.checkpoint.slot import Slot, SlotMap
 from tenfold.checkpoint.stored import Stored
@@ -33,7 +33,7 @@ def load_model(
     """
     directory = resolve(path_or_id)
     family, config = read_config(directory / "config.json")
-    tensors = safetensors.list_tensors(directory)
+    tensors = weights.list_tensors(directory)
     config = family.present(config, tensors)
     slots = family.tensor_map(config)
     for name in set(tensors) - set(slots):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 
+from tenfold.checkpoint.quantization_config import weight_block_size
 from tenfold.checkpoint.slot import Slot, SlotMap, part
 from tenfold.config import ModelConfig, RopeScaling
 from tenfold.errors import TenfoldError
@@ -263,7 +264,7 @@ class HfReader:
         self.raw = raw
         self.source = source
         self.only("hidden_act", "silu")
-        self.only("quantization_config")
+        weight_block_size(raw, source)  # refuses other ways to quantise
         self.rope = {**self._rope_dict("rope_parameters"), **self._rope_dict("rope_scaling")}
 
     def fail(self, name: str, accepted: str) -> NoReturn:
