@@ -47,7 +47,7 @@ def _latent_problems(config: "ModelConfig") -> Iterator[str]:
         if not getattr(config, name):
             yield f"{name} must be at least 1 with latent attention (kv_lora_rank)"
     if config.head_dim != config.qk_rope_head_dim or config.partial_rotary_factor != 1:
-        yield f"head_dim {config.head_dim} must be qk_rope_head_dim {config.qk_rope_head_dim} with kv_lora_rank"
+        yield f"head_dim {config.head_dim} must be qk_rope_head_dim {config.qk_rope_head_dim} (MLA)"
     if config.num_key_value_heads != config.num_attention_heads:
         yield "num_key_value_heads must equal num_attention_heads with latent attention"
     if config.qk_norm != "none" or config.attention_sinks:

@@ -28,6 +28,7 @@ def load_model(
     directory = Path(path)
     family, config = read_config(directory / "config.json")
     tensors = safetensors.list_tensors(directory)
+    config = family.present(config, tensors)
     slots = family.tensor_map(config)
     for name in set(tensors) - set(slots):
         if family.is_redundant(config, name):

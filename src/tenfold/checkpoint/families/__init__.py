@@ -6,9 +6,15 @@ A new family is one small file here and one entry in FAMILIES. Nothing here need
 from typing import Any
 
 from tenfold.checkpoint.families.common import Family
+from tenfold.checkpoint.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from tenfold.checkpoint.families.glm4_moe import GLM4_MOE
+from tenfold.checkpoint.families.gpt_oss import GPT_OSS
+from tenfold.checkpoint.families.granitemoe import GRANITEMOE
+from tenfold.checkpoint.families.llama import LLAMA, MISTRAL
+from tenfold.checkpoint.families.mixtral import MIXTRAL
 from tenfold.checkpoint.families.native import NATIVE
 from tenfold.checkpoint.families.olmoe import OLMOE
+from tenfold.checkpoint.families.qwen2_moe import QWEN2_MOE
 from tenfold.checkpoint.families.qwen3 import QWEN3
 from tenfold.checkpoint.families.qwen3_moe import QWEN3_MOE
 from tenfold.config import ModelConfig
@@ -16,7 +22,21 @@ from tenfold.errors import TenfoldError, nearest
 
 __all__ = ["FAMILIES", "NATIVE", "Family", "family_for", "family_of", "why_native"]
 
-FAMILIES = (QWEN3, QWEN3_MOE, OLMOE, GLM4_MOE, NATIVE)
+FAMILIES = (
+    QWEN3,
+    LLAMA,
+    MISTRAL,
+    QWEN3_MOE,
+    OLMOE,
+    MIXTRAL,
+    QWEN2_MOE,
+    GRANITEMOE,
+    GPT_OSS,
+    GLM4_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    NATIVE,
+)
 """In order of preference for a config that names none; the last takes everything."""
 
 _BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}

@@ -1,6 +1,6 @@
 """What the families share: a Family's shape, config.json fields, tensor names. No torch here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ def decoder_map(config: ModelConfig, sparse: Sparse, mlp: str = "mlp") -> SlotMa
     if not config.tie_word_embeddings:
         slots["lm_head.weight"] = Slot("lm_head.weight")
     for layer in range(config.num_hidden_layers):
-        kind = sparse if layer in config.sparse_layers else _dense_mlp
+        kind = sparse if layer in config.sparse_layers else dense_mlp
         slots |= layer_map(config, f"model.layers.{layer}", kind, mlp)
     return slots
 
@@ -71,7 +71,7 @@ def _latent_attention(config: ModelConfig, prefix: str) -> SlotMap:
     return whole(*(f"{prefix}.{part}" for part in parts))
 
 
-def _dense_mlp(config: ModelConfig, prefix: str) -> SlotMap:
+def dense_mlp(config: ModelConfig, prefix: str) -> SlotMap:
     return swiglu(prefix, ours(prefix), config.intermediate_size, config.mlp_bias)
 
 
@@ -116,20 +116,58 @@ def is_redundant(config: ModelConfig, name: str) -> bool:
     return tied_head or name.endswith("rotary_emb.inv_freq")
 
 
+def as_it_is(config: ModelConfig, _: Collection[str]) -> ModelConfig:
+    return config
+
+
 @dataclass(frozen=True)
 class Family:
     """One published architecture: which configs it can hold, and how it writes them down."""
 
     model_type: str
     architecture: str
-    fits: Callable[[ModelConfig], bool]
-    """Whether transformers would compute the same function."""
+    options: frozenset[str]
+    """Config fields that it has beyond `SHARED`; all others must be at their defaults."""
+    suits: Callable[[ModelConfig], bool]
+    """What those fields must add up to."""
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     """The contents of config.json."""
     from_hf: Callable[[dict[str, Any], str], ModelConfig]
     """The reverse; a TenfoldError names the source and what tenfold does not model."""
     tensor_map: Callable[[ModelConfig], SlotMap] = tensor_map
     is_redundant: Callable[[ModelConfig, str], bool] = is_redundant
+    present: Callable[[ModelConfig, Collection[str]], ModelConfig] = as_it_is
+    """The config less the optional modules that these tensor names leave out."""
+
+    def fits(self, config: ModelConfig) -> bool:
+        """Whether transformers would compute the same function."""
+        return changed(config) <= SHARED | self.options and self.suits(config)
+
+
+SHARED = frozenset(
+    {
+        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+        "rope_theta", "rope_scaling", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
+        "bos_token_id", "eos_token_id", "pad_token_id",
+        "qk_norm",  # its default is no family's rule: each says what it wants
+    }
+)  # fmt: skip
+EXPERTS = frozenset(
+    {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "router", "norm_topk_prob"}
+)
+SOME_LAYERS = frozenset({"mlp_only_layers", "decoder_sparse_step"})
+WINDOW = frozenset({"sliding_window", "layer_types"})
+BIASES = frozenset({"attention_bias", "attention_out_bias"})
+
+
+def changed(config: ModelConfig) -> frozenset[str]:
+    """Fields that are not at their defaults and do something."""
+    idle = {"capacity_factor"} if config.router != "switch" else set()
+    if not config.is_sparse:
+        idle |= EXPERTS | SOME_LAYERS | {"n_group", "topk_group", "routed_scaling_factor"}
+    fields = ModelConfig.model_fields.items()
+    return frozenset(name for name, f in fields if name not in idle and getattr(config, name) != f.default)
 
 
 def renormalizes(config: ModelConfig) -> bool:
@@ -138,18 +176,40 @@ def renormalizes(config: ModelConfig) -> bool:
 
 
 def routes_by_softmax(config: ModelConfig) -> bool:
-    """Sparse with a plain softmax router and nothing beside its routed experts."""
-    return (
-        config.is_sparse
-        and config.router in ("softmax", "topk_softmax")
-        and config.routed_scaling_factor == 1
-        and config.n_shared_experts == 0
-    )
+    return config.is_sparse and config.router in ("softmax", "topk_softmax")
+
+
+def all_sparse(config: ModelConfig) -> bool:
+    return len(config.sparse_layers) == config.num_hidden_layers
+
+
+def has_even_heads(config: ModelConfig) -> bool:
+    """For families without a head_dim of their own."""
+    return config.hidden_size == config.num_attention_heads * config.head_dim
+
+
+def shares_out_evenly(config: ModelConfig) -> bool:
+    """For families whose width transformers wants to be a multiple of the heads, head_dim or not."""
+    return config.hidden_size % config.num_attention_heads == 0
+
+
+def biases_all_or_none(config: ModelConfig) -> bool:
+    """For families whose `attention_bias` is on q, k, v and the output alike."""
+    return config.attention_bias == config.attention_out_bias
+
+
+def slides_everywhere_or_nowhere(config: ModelConfig) -> bool:
+    """For families whose `sliding_window` holds in every layer."""
+    return len({config.window(layer) for layer in range(config.num_hidden_layers)}) == 1
 
 
 def hf_fields(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
     """Fields that every decoder-only family has under the same name."""
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = {}
+    if config.rope_scaling is not None:
+        rope |= config.rope_scaling.model_dump(exclude_none=True, exclude_unset=True)
+        scaling = {"rope_scaling": {**rope, "type": rope["rope_type"]}}  # for older engines
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -161,19 +221,35 @@ def hf_fields(config: ModelConfig, model_type: str, architecture: str) -> dict[s
         "num_key_value_heads": config.num_key_value_heads,
         "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": config.rope_theta,  # read by engines older than `rope_parameters`
+        **scaling,
         "rope_parameters": rope,
         "rms_norm_eps": config.rms_norm_eps,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": config.attention_bias,
         "hidden_act": "silu",
-        "bos_token_id": None,
+        "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
-        "pad_token_id": None,
+        "pad_token_id": config.pad_token_id,
     }
 
 
-_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+def layer_types(slides: list[bool]) -> list[str]:
+    return ["sliding_attention" if sliding else "full_attention" for sliding in slides]
+
+
+def written_window(config: ModelConfig) -> dict[str, Any]:
+    """Layer by layer, for families that may slide in some."""
+    slides = [config.window(layer) is not None for layer in range(config.num_hidden_layers)]
+    return {
+        "use_sliding_window": any(slides),
+        "sliding_window": config.sliding_window,
+        "layer_types": layer_types(slides),
+    }
+
+
+_ROPE_KEYS = {"type", "rope_theta", "partial_rotary_factor"}
+"""Of a rope dictionary that describe no scaling."""
 
 
 class HfReader:
@@ -184,7 +260,7 @@ class HfReader:
         self.source = source
         self.only("hidden_act", "silu")
         self.only("quantization_config")
-        self.rope = {**self._rope_dict("rope_parameters"), **self._rope_dict("rope_scaling")}
+        self.rope = {**self._dict("rope_parameters"), **self._dict("rope_scaling")}
 
     def fail(self, name: str, accepted: str) -> NoReturn:
         given = self.raw.get(name)
@@ -214,30 +290,68 @@ class HfReader:
         share = self.count("hidden_size") // self.count("num_attention_heads", least=1)
         return self.raw.get("head_dim") or share
 
+    def heads(self) -> dict[str, Any]:
+        """Attention heads, where every one has its own key may go unsaid."""
+        kv_heads = self.raw.get("num_key_value_heads") or self.need("num_attention_heads")
+        return {"num_key_value_heads": kv_heads, "head_dim": self.head_dim()}
+
+    def no_head_dim(self) -> int:
+        """The heads' even share, for families that have no head_dim: another value is refused."""
+        share = self.count("hidden_size") // self.count("num_attention_heads", least=1)
+        self.only("head_dim", share)
+        return share
+
+    def optional_window(self, slides: Callable[[int, int], bool]) -> dict[str, Any]:
+        """`sliding_window` where `use_sliding_window` switches it on (Qwen).
+
+        `slides(layer, max_window_layers)` says in which layers, where `layer_types` does not.
+        """
+        raw = self.raw
+        if not raw.get("use_sliding_window") or raw.get("sliding_window") is None:
+            return {}
+        layers, first = range(self.count("num_hidden_layers")), raw.get("max_window_layers", 28)
+        listed = raw.get("layer_types") or layer_types([slides(layer, first) for layer in layers])
+        if "sliding_attention" not in listed:
+            return {}
+        return {"sliding_window": raw["sliding_window"], "layer_types": tuple(listed)}
+
     def build(self, **fields: Any) -> ModelConfig:
         """The shared fields and the family's own, validated."""
         raw = self.raw
-        eos = raw.get("eos_token_id")
         shared = {
             name: self.need(name)
             for name in (
                 "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+                "max_position_embeddings", "rms_norm_eps",
             )
         }  # fmt: skip
+        eos = raw.get("eos_token_id")
         shared |= {
             "rope_theta": self.rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+            "rope_scaling": self._scaling(),
             "initializer_range": raw.get("initializer_range", 0.02),
             "tie_word_embeddings": raw.get("tie_word_embeddings", False),
-            # A list names the end of the text first, then the ends of chat turns.
-            "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos,
+            "bos_token_id": raw.get("bos_token_id"),
+            "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
+            "pad_token_id": raw.get("pad_token_id"),
         }
-        return ModelConfig.parse(shared | fields, self.source)
+        return ModelConfig.parse(shared | self.heads() | fields, self.source)
 
-    def _rope_dict(self, name: str) -> dict[str, Any]:
-        rope = self.raw.get(name) or {}
-        if not isinstance(rope, dict) or not rope.keys() <= _ROPE_KEYS:
-            self.fail(name, "unscaled rotary positions (rope_type 'default')")
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            self.fail(name, "unscaled rotary positions (rope_type 'default')")
-        return rope
+    def _scaling(self) -> dict[str, Any] | None:
+        kind = self.rope.get("rope_type", self.rope.get("type", "default"))
+        if kind == "default":
+            return None
+        if kind not in ("linear", "llama3", "yarn"):
+            raise TenfoldError(
+                f"{self.source}: rope_type {kind!r} is not supported, only default, linear, llama3, yarn"
+            )
+        scaling = {name: value for name, value in self.rope.items() if name not in _ROPE_KEYS}
+        if kind != "linear" and scaling.get("original_max_position_embeddings") is None:
+            scaling["original_max_position_embeddings"] = self.need("max_position_embeddings")
+        return scaling | {"rope_type": kind}
+
+    def _dict(self, name: str) -> dict[str, Any]:
+        found = self.raw.get(name) or {}
+        if not isinstance(found, dict):
+            self.fail(name, "an object with a rope_type")
+        return found

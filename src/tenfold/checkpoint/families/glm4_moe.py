@@ -3,11 +3,11 @@
 from typing import Any
 
 from tenfold.checkpoint.families import common
-from tenfold.checkpoint.families.common import Family, HfReader, hf_fields
+from tenfold.checkpoint.families.common import EXPERTS, SOME_LAYERS, Family, HfReader, hf_fields
 from tenfold.config import ModelConfig
 
 
-def fits(config: ModelConfig) -> bool:
+def suits(config: ModelConfig) -> bool:
     """Dense layers can only come first; the router ranks groups by their two best experts."""
     return (
         config.is_sparse
@@ -46,7 +46,6 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     return reader.build(
         model_type="glm4_moe",
         intermediate_size=reader.need("intermediate_size"),
-        head_dim=reader.head_dim(),
         partial_rotary_factor=rotary,
         attention_bias=raw.get("attention_bias", False),
         qk_norm="head" if raw.get("use_qk_norm") else "none",
@@ -70,4 +69,15 @@ def is_redundant(config: ModelConfig, name: str) -> bool:
     return extra_layer or empty or common.is_redundant(config, name)
 
 
-GLM4_MOE = Family("glm4_moe", "Glm4MoeForCausalLM", fits, to_hf, from_hf, is_redundant=is_redundant)
+GLM4_MOE = Family(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    EXPERTS
+    | SOME_LAYERS
+    | {"attention_bias", "partial_rotary_factor", "n_shared_experts", "n_group", "topk_group"}
+    | {"routed_scaling_factor"},
+    suits,
+    to_hf,
+    from_hf,
+    is_redundant=is_redundant,
+)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from tenfold.checkpoint.families.common import Family
+from tenfold.checkpoint.families.common import Family, decoder_map, ours, sparse_mlp, whole
+from tenfold.checkpoint.families.deepseek import predictor
+from tenfold.checkpoint.slot import Slot, SlotMap
 from tenfold.config import ModelConfig
 
 MODEL_TYPE, ARCHITECTURE = "tenfold", "TenfoldForCausalLM"
@@ -19,4 +21,28 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     return ModelConfig.parse({k: v for k, v in raw.items() if k not in _NOT_OURS}, source)
 
 
-NATIVE = Family(MODEL_TYPE, ARCHITECTURE, lambda _: True, to_hf, from_hf)
+def tensor_map(config: ModelConfig) -> SlotMap:
+    """Names as DeepSeek publishes them, with what its layers have not."""
+    slots = decoder_map(config, _sparse)
+    return slots | predictor(config, _sparse) if config.num_nextn_predict_layers else slots
+
+
+def _sparse(config: ModelConfig, prefix: str) -> SlotMap:
+    slots, mlp = sparse_mlp(config, prefix), ours(prefix)
+    if config.moe_bias:
+        slots[f"{prefix}.gate.bias"] = Slot(f"{mlp}.router.logit_bias")
+        slots |= whole(f"{prefix}.experts.gate_up_bias", f"{prefix}.experts.down_bias")
+    if config.shared_expert_gate:
+        slots |= whole(f"{prefix}.shared_expert_gate.weight")
+    return slots
+
+
+NATIVE = Family(
+    MODEL_TYPE,
+    ARCHITECTURE,
+    frozenset(ModelConfig.model_fields),
+    lambda _: True,
+    to_hf,
+    from_hf,
+    tensor_map,
+)

@@ -3,8 +3,14 @@
 from typing import Any
 
 from tenfold.checkpoint.families.common import (
+    BIASES,
+    EXPERTS,
+    SOME_LAYERS,
     Family,
     HfReader,
+    all_sparse,
+    biases_all_or_none,
+    has_even_heads,
     hf_fields,
     renormalizes,
     routes_by_softmax,
@@ -12,15 +18,13 @@ from tenfold.checkpoint.families.common import (
 from tenfold.config import ModelConfig
 
 
-def fits(config: ModelConfig) -> bool:
-    """OLMoE has no head_dim of its own, and its `attention_bias` would bias o_proj too."""
+def suits(config: ModelConfig) -> bool:
     return (
         routes_by_softmax(config)
-        and len(config.sparse_layers) == config.num_hidden_layers
+        and all_sparse(config)
         and config.qk_norm == "full"
-        and not config.attention_bias
-        and config.partial_rotary_factor == 1
-        and config.hidden_size == config.num_attention_heads * config.head_dim
+        and has_even_heads(config)
+        and biases_all_or_none(config)
     )
 
 
@@ -37,17 +41,17 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     reader = HfReader(raw, source)
-    reader.only("attention_bias", False)
     reader.only("clip_qkv")
     reader.only("sliding_window")
     reader.only("partial_rotary_factor", 1)
-    head_dim = reader.count("hidden_size") // reader.count("num_attention_heads", least=1)
-    reader.only("head_dim", head_dim)
+    biased = raw.get("attention_bias", False)
     return reader.build(
         model_type="olmoe",
         intermediate_size=0,
-        head_dim=head_dim,
+        head_dim=reader.no_head_dim(),
         qk_norm="full",
+        attention_bias=biased,
+        attention_out_bias=biased,
         num_experts=reader.need("num_experts", "num_local_experts"),
         num_experts_per_tok=reader.need("num_experts_per_tok"),
         moe_intermediate_size=reader.need("intermediate_size"),
@@ -55,4 +59,4 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     )
 
 
-OLMOE = Family("olmoe", "OlmoeForCausalLM", fits, to_hf, from_hf)
+OLMOE = Family("olmoe", "OlmoeForCausalLM", BIASES | EXPERTS | SOME_LAYERS, suits, to_hf, from_hf)

@@ -3,18 +3,28 @@
 from typing import Any
 
 from tenfold.checkpoint.families.common import (
+    BIASES,
+    EXPERTS,
+    SOME_LAYERS,
+    WINDOW,
     Family,
     HfReader,
+    biases_all_or_none,
     hf_fields,
     renormalizes,
     routes_by_softmax,
+    slides_everywhere_or_nowhere,
 )
-from tenfold.checkpoint.families.qwen3 import has_qwen3_attention, refuse_other_attention
 from tenfold.config import ModelConfig
 
 
-def fits(config: ModelConfig) -> bool:
-    return routes_by_softmax(config) and has_qwen3_attention(config)
+def suits(config: ModelConfig) -> bool:
+    return (
+        routes_by_softmax(config)
+        and config.qk_norm == "head"
+        and biases_all_or_none(config)
+        and slides_everywhere_or_nowhere(config)
+    )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -27,17 +37,22 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "norm_topk_prob": renormalizes(config),
         "mlp_only_layers": list(config.mlp_only_layers),
         "decoder_sparse_step": config.decoder_sparse_step,
+        "use_sliding_window": config.window(0) is not None,
+        "sliding_window": config.window(0),
     }
 
 
 def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     reader = HfReader(raw, source)
-    refuse_other_attention(reader)
+    reader.only("partial_rotary_factor", 1)
+    biased = raw.get("attention_bias", False)
     return reader.build(
         model_type="qwen3_moe",
         intermediate_size=reader.need("intermediate_size"),
-        head_dim=reader.head_dim(),
         qk_norm="head",
+        attention_bias=biased,
+        attention_out_bias=biased,
+        sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window") else None,
         num_experts=reader.need("num_experts", "num_local_experts"),
         num_experts_per_tok=reader.need("num_experts_per_tok"),
         moe_intermediate_size=reader.need("moe_intermediate_size"),
@@ -47,4 +62,11 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     )
 
 
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", fits, to_hf, from_hf)
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    BIASES | EXPERTS | SOME_LAYERS | WINDOW,
+    suits,
+    to_hf,
+    from_hf,
+)

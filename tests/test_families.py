@@ -1,0 +1,124 @@
+"""Every decoder family, in random small configs, against transformers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from random_families import FAMILIES, random_fields
+from tenfold.checkpoint import load_model, save_model
+from tenfold.checkpoint import families as ours_families
+from tenfold.config import ModelConfig
+from tenfold.engine.kv_cache import new_kv_cache
+from tenfold.model.transformer import Transformer
+from test_parity_transformers import build, load_hf
+
+CONFIGS = [(family, seed) for family in FAMILIES for seed in range(6)]
+PROMPT = 13
+each = pytest.mark.parametrize(("family", "seed"), CONFIGS, ids=[f"{f}-{s}" for f, s in CONFIGS])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def ids_for(config: ModelConfig, batch: int = 2, length: int = PROMPT) -> Tensor:
+    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+@each
+@torch.no_grad()
+def test_logits_agree_both_ways(family: str, seed: int, tmp_path: Path) -> None:
+    ours = build(random_fields(family, seed))
+    ids = ids_for(ours.config)
+    assert save_model(ours, tmp_path / "ours").model_type == family
+    theirs = load_hf(tmp_path / "ours")
+    expected = theirs(ids).logits
+    close(ours(ids), expected)
+    close(load_model(tmp_path / "ours")(ids), ours(ids), 0)
+    theirs.save_pretrained(tmp_path / "theirs")
+    close(load_model(tmp_path / "theirs")(ids), expected)
+
+
+@each
+@torch.no_grad()
+def test_greedy_tokens_agree(family: str, seed: int, tmp_path: Path) -> None:
+    """32 of them: with our cache, without it, and transformers' own."""
+    ours = build(random_fields(family, seed))
+    save_model(ours, tmp_path / "m")
+    ids = ids_for(ours.config, batch=1)
+    theirs = load_hf(tmp_path / "m").generate(ids, max_new_tokens=32, do_sample=False, eos_token_id=None)
+    assert cached(ours, ids, None, 32).tolist() == theirs[:, PROMPT:].tolist()
+    whole = ids
+    for _ in range(32):
+        whole = torch.cat((whole, ours(whole)[:, -1:].argmax(-1)), dim=1)
+    assert whole.tolist() == theirs.tolist()
+
+
+@each
+@torch.no_grad()
+def test_a_left_padded_batch_is_its_prompts(family: str, seed: int) -> None:
+    ours = build(random_fields(family, seed))
+    lengths, longest = (PROMPT, 1, 6), PROMPT
+    prompts = [ids_for(ours.config, 1, length) for length in lengths]
+    batch = torch.cat([F.pad(p, (longest - p.shape[1], 0), value=2) for p in prompts])
+    mask = torch.stack([torch.arange(longest) >= longest - length for length in lengths]).long()
+    logits = ours(batch, attention_mask=mask)
+    for row, prompt in enumerate(prompts):
+        close(logits[row, longest - prompt.shape[1] :], ours(prompt)[0])
+    together = cached(ours, batch, mask, 8)
+    alone = torch.cat([cached(ours, prompt, None, 8) for prompt in prompts])
+    assert together.tolist() == alone.tolist()
+
+
+@each
+def test_loss_and_router_gradients_agree(family: str, seed: int, tmp_path: Path) -> None:
+    ours = build(random_fields(family, seed))
+    save_model(ours, tmp_path / "m")
+    theirs, ids = load_hf(tmp_path / "m"), ids_for(ours.config)
+    loss = F.cross_entropy(ours(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    their_loss = theirs(ids, labels=ids).loss
+    close(loss, their_loss, 1e-5)
+    loss.backward()
+    their_loss.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if is_router(name)}
+    routers = {name: p.grad for name, p in ours.named_parameters() if is_router(name) and "mtp" not in name}
+    assert len(routers) == len(gradients)
+    for (name, gradient), wanted in zip(routers.items(), gradients.values(), strict=True):
+        assert gradient is not None and wanted is not None, name
+        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-3)
+    close(ours.embed_tokens.weight.grad, theirs.get_input_embeddings().weight.grad, 1e-4)
+
+
+def is_router(name: str) -> bool:
+    return ".router." in name or ".mlp.gate.weight" in name
+
+
+def close(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def cached(model: Transformer, ids: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
+    """Greedy tokens after a batch of prompts, decoded one at a time."""
+    start = 0
+    cache = new_kv_cache(model.config, len(ids), ids.shape[1] + tokens, torch.float32, ids.device)
+    out = []
+    for _ in range(tokens):
+        token = model(ids, cache, start, mask)[:, -1:].argmax(-1)
+        out.append(token)
+        start, ids = start + ids.shape[1], token
+        mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+    return torch.cat(out, dim=1)
+
+
+def test_every_published_family_is_tested() -> None:
+    published = {family.model_type for family in ours_families.FAMILIES} - {"tenfold"}
+    assert set(FAMILIES) == published
