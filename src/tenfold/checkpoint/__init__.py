@@ -1,4 +1,4 @@
-"""Models as Hugging Face directories: config.json, safetensors, tokenizer.json.
+"""Models as Hugging Face directories (config.json, safetensors, tokenizer.json), and GGUF files.
 
 `load_model` and `save_model` need torch, so they are imported when first asked for; the families
 and `load_config` stay usable without it.
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.checkpoint.families import Family, family_of
+from tenfold.checkpoint.gguf.architectures import gguf_config
+from tenfold.checkpoint.gguf.reader import open_gguf
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.files import read_json
@@ -18,9 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["load_config", "load_model", "read_config", "read_object", "save_model"]
 
 
-def load_config(directory: str | Path) -> ModelConfig:
-    """The config of a model directory. Raises TenfoldError for anything but a known, valid one."""
-    return read_config(Path(directory) / "config.json")[1]
+def load_config(path: str | Path) -> ModelConfig:
+    """The config of a model directory or GGUF file. Raises TenfoldError for anything but a known,
+    valid one."""
+    path = Path(path)
+    if path.suffix != ".gguf":
+        return read_config(path / "config.json")[1]
+    file = open_gguf(path)
+    return gguf_config(file.metadata, file.tensors, str(path))
 
 
 def read_config(path: Path) -> tuple[Family, ModelConfig]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from tenfold.checkpoint import read_config, safetensors
 from tenfold.checkpoint.families import Family, family_for
+from tenfold.checkpoint.gguf.architectures import gguf_config
+from tenfold.checkpoint.gguf.reader import open_gguf
+from tenfold.checkpoint.gguf.slots import READ_BY_CONFIG, gguf_slots
 from tenfold.checkpoint.slot import Slot, SlotMap
 from tenfold.checkpoint.stored import Stored
 from tenfold.config import ModelConfig
@@ -17,15 +21,41 @@ from tenfold.errors import TenfoldError
 from tenfold.files import new_folder, write_json
 from tenfold.model.transformer import Transformer
 
+MAX_PARAMS = 1 << 60
+
+
+class Checkpoint(NamedTuple):
+    """A model on disk, none of its weights read yet."""
+
+    config: ModelConfig
+    slots: SlotMap
+    tensors: dict[str, Stored]
+    source: str
+    """What calls for those slots, in words."""
+
 
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model in a directory, in eval mode. Router biases stay float32 whatever `dtype` is.
+    """The model in a directory or a GGUF file, in eval mode. Router biases stay float32 whatever
+    `dtype` is.
 
     Raises TenfoldError naming the file and tensor for anything missing, left over or misshapen.
     """
-    directory = Path(path)
+    path = Path(path)
+    checkpoint = _open_gguf(path) if path.suffix == ".gguf" else _open_directory(path)
+    _check_names(checkpoint)
+    model = _unallocated(checkpoint)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    if model.config.tie_word_embeddings:  # to_empty allocates a shared parameter twice
+        model.lm_head.weight = model.embed_tokens.weight
+    _fill(model, checkpoint)
+    return model.eval()
+
+
+def _open_directory(directory: Path) -> Checkpoint:
     family, config = read_config(directory / "config.json")
     tensors = safetensors.list_tensors(directory)
     config = family.present(config, tensors)
@@ -33,38 +63,50 @@ def load_model(
     for name in set(tensors) - set(slots):
         if family.is_redundant(config, name):
             del tensors[name]
-    _check_names(f"the {family.architecture} of {directory / 'config.json'}", slots, tensors)
-    model = _empty(config, dtype, device)
-    _fill(model, slots, tensors)
-    return model.eval()
+    return Checkpoint(config, slots, tensors, f"the {family.architecture} of {directory / 'config.json'}")
 
 
-def _check_names(source: str, slots: SlotMap, tensors: dict[str, Stored]) -> None:
-    for name, slot in slots.items():
-        if name not in tensors and not slot.is_copy:
-            raise TenfoldError(f"tensor {name} is missing, which {source} calls for")
-    for name, stored in tensors.items():
-        if name not in slots:
-            raise TenfoldError(f"{stored.file}: tensor {name} has no place in {source}")
+def _open_gguf(path: Path) -> Checkpoint:
+    file = open_gguf(path)
+    config = gguf_config(file.metadata, file.tensors, str(path))
+    tensors = {name: stored for name, stored in file.tensors.items() if name not in READ_BY_CONFIG}
+    architecture = file.metadata["general.architecture"]
+    return Checkpoint(config, gguf_slots(config, tensors), tensors, f"the {architecture} of {path}")
 
 
-def _empty(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Transformer:
-    """Allocated and not filled: the meta device spares the time of a random initialization."""
+def _check_names(checkpoint: Checkpoint) -> None:
+    for name, slot in checkpoint.slots.items():
+        if name not in checkpoint.tensors and not slot.is_copy:
+            raise TenfoldError(f"tensor {name} is missing, which {checkpoint.source} calls for")
+    for name, stored in checkpoint.tensors.items():
+        if name not in checkpoint.slots:
+            raise TenfoldError(f"{stored.file}: tensor {name} has no place in {checkpoint.source}")
+
+
+def _unallocated(checkpoint: Checkpoint) -> Transformer:
+    """On the meta device, which spares a random initialization and lets all shapes be checked before
+    a config that claims more than there is can ask for the memory."""
+    count = checkpoint.config.num_params()
+    if count > MAX_PARAMS:
+        raise TenfoldError(f"{checkpoint.source} has {count:,} parameters, more than any machine can hold")
     with torch.device("meta"):
-        model = Transformer(config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.to_empty(device=device)
-    if config.tie_word_embeddings:  # to_empty allocates a shared parameter twice
-        model.lm_head.weight = model.embed_tokens.weight
+        model = Transformer(checkpoint.config)
+    ours = _own_tensors(model)
+    for name, stored in checkpoint.tensors.items():
+        slot = checkpoint.slots[name]
+        shape = slot.shape(slot.view(ours[slot.name]))
+        if stored.shape != shape and not slot.is_copy:
+            raise TenfoldError(
+                f"{stored.file}: tensor {name} has shape {stored.shape}, not {shape} as its config says"
+            )
     return model
 
 
-def _fill(model: Transformer, slots: SlotMap, tensors: dict[str, Stored]) -> None:
+def _fill(model: Transformer, checkpoint: Checkpoint) -> None:
     ours = _own_tensors(model)
     filled: Counter[str] = Counter()
-    for name, stored in tensors.items():
-        slot = slots[name]
+    for name, stored in checkpoint.tensors.items():
+        slot = checkpoint.slots[name]
         if not slot.is_copy:
             target = slot.view(ours[slot.name])
             _copy(stored, slot, target)
@@ -76,11 +118,6 @@ def _fill(model: Transformer, slots: SlotMap, tensors: dict[str, Stored]) -> Non
 
 def _copy(stored: Stored, slot: Slot, target: Tensor) -> None:
     """Into a view of the model's tensor, a few rows at a time where the file has the same first axis."""
-    if stored.shape != slot.shape(target):
-        raise TenfoldError(
-            f"{stored.file}: tensor {stored.name} has shape {stored.shape},"
-            f" not {slot.shape(target)} as its config says"
-        )
     if slot.merged == 0:
         target.copy_(stored.whole().view(target.shape))
         return

@@ -18,8 +18,8 @@ SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3  # expert_gating_func
 def gguf_config(metadata: dict[str, Any], tensors: dict[str, Stored], source: str) -> ModelConfig:
     """The config of a model, its `model_type` the Hugging Face family that the file was made from.
 
-    Raises TenfoldError naming `source` and the key for an architecture that is not known, for what
-    tenfold does not model, and for sizes beyond what the file's tensors hold.
+    Raises TenfoldError naming `source` and the key for an architecture that is not known, and for
+    what tenfold does not model.
     """
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
@@ -27,7 +27,7 @@ def gguf_config(metadata: dict[str, Any], tensors: dict[str, Stored], source: st
         near = nearest(str(architecture), _ARCHITECTURES)
         raise TenfoldError(f"{source}: unknown general.architecture {architecture}{near}; known: {known}")
     fields = Fields(metadata, tensors, source)
-    return fields.build(**_shared(fields), **_ARCHITECTURES[architecture](fields))
+    return ModelConfig.parse(_shared(fields) | _ARCHITECTURES[architecture](fields), source)
 
 
 def _shared(fields: Fields) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def _grouped_query(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _experts(fields: Fields, norm_topk_prob: bool = False, gates: tuple[int, ...] = (SOFTMAX,)) -> dict[str, Any]:
-    """Experts, as wide as a dense layer where nothing else is said."""
+def _experts(fields: Fields, *gates: int, norm_topk_prob: bool = False) -> dict[str, Any]:
+    """Experts, as wide as a dense layer where nothing else is said; `gates` are the scores known."""
     fields.only("expert_gating_func", 0, *gates)  # 0 is llama.cpp's for none given
     width = fields.whole("expert_feed_forward_length", fields.whole("feed_forward_length", 0))
     return {
@@ -86,18 +86,18 @@ def _llama(fields: Fields) -> dict[str, Any]:
     values = _grouped_query(fields) | {"qk_norm": "none", "sliding_window": window}
     if fields.whole("expert_count", 0):
         mixtral = {"model_type": "mixtral", "router": "topk_softmax"}
-        return values | _experts(fields, norm_topk_prob=True) | mixtral
+        return values | _experts(fields, SOFTMAX, norm_topk_prob=True) | mixtral
     mlp_bias = "blk.0.ffn_down.bias" in fields.tensors
     return values | {"model_type": "mistral" if window else "llama", "mlp_bias": mlp_bias}
 
 
 def _olmoe(fields: Fields) -> dict[str, Any]:
-    values = _grouped_query(fields) | _experts(fields)
+    values = _grouped_query(fields) | _experts(fields, SOFTMAX)
     return values | {"model_type": "olmoe", "qk_norm": "full"}
 
 
 def _qwen2moe(fields: Fields) -> dict[str, Any]:
-    values = _grouped_query(fields) | _experts(fields)
+    values = _grouped_query(fields) | _experts(fields, SOFTMAX)
     return values | {
         "model_type": "qwen2_moe",
         "qk_norm": "none",
@@ -111,14 +111,14 @@ def _qwen3(fields: Fields) -> dict[str, Any]:
 
 
 def _qwen3moe(fields: Fields) -> dict[str, Any]:
-    values = _grouped_query(fields) | _experts(fields, norm_topk_prob=True)
+    values = _grouped_query(fields) | _experts(fields, SOFTMAX, norm_topk_prob=True)
     return values | {"model_type": "qwen3_moe", "qk_norm": "head"}
 
 
 def _gpt_oss(fields: Fields) -> dict[str, Any]:
     """Every other layer slides, from the first on; YaRN's bounds are not rounded (OpenAI's config)."""
     fields.only("attention.sliding_window_pattern", 2)
-    values = _grouped_query(fields) | _experts(fields, gates=(SOFTMAX_OF_CHOSEN,))
+    values = _grouped_query(fields) | _experts(fields, SOFTMAX_OF_CHOSEN)
     if values["rope_scaling"] is not None and values["rope_scaling"]["rope_type"] == "yarn":
         values["rope_scaling"]["truncate"] = False
     kinds = ("sliding_attention", "full_attention")
@@ -136,7 +136,7 @@ def _gpt_oss(fields: Fields) -> dict[str, Any]:
 
 def _deepseek2(fields: Fields) -> dict[str, Any]:
     """DeepSeek-V2 (softmax) and V3 (sigmoid)."""
-    values = _latent(fields) | _experts(fields, gates=(SOFTMAX, SIGMOID))
+    values = _latent(fields) | _experts(fields, SOFTMAX, SIGMOID)
     sigmoid = fields.get("expert_gating_func") == SIGMOID
     dense = min(fields.whole("leading_dense_block_count", 0), fields.whole("block_count"))
     return values | {

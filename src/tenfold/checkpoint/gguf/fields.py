@@ -1,10 +1,8 @@
 """Reading metadata of one architecture, whose keys begin with its name."""
 
-from math import prod
 from typing import Any, NoReturn
 
 from tenfold.checkpoint.stored import Stored
-from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 
 
@@ -17,7 +15,9 @@ class Fields:
 
     def fail(self, name: str, accepted: str) -> NoReturn:
         given = self.metadata.get(f"{self.architecture}.{name}")
-        raise TenfoldError(f"{self.source}: {self.architecture}.{name} {given!r} is not supported, only {accepted}")
+        raise TenfoldError(
+            f"{self.source}: {self.architecture}.{name} {given!r} is not supported, only {accepted}"
+        )
 
     def get(self, name: str, default: Any = None) -> Any:
         """A value; a list with one entry a layer counts as that value if all are the same."""
@@ -68,13 +68,3 @@ class Fields:
         if name not in self.tensors:
             raise TenfoldError(f"{self.source}: tensor {name} is missing")
         return self.tensors[name].shape[0]
-
-    def build(self, **values: Any) -> ModelConfig:
-        config = ModelConfig.parse(values, self.source)
-        held = sum(prod(stored.shape) for stored in self.tensors.values())
-        if config.num_params() > held:
-            raise TenfoldError(
-                f"{self.source}: its metadata describe a model of {config.num_params():,} parameters,"
-                f" and its tensors hold {held:,}"
-            )
-        return config

@@ -3,7 +3,6 @@
 import math
 
 from tenfold.checkpoint.gguf.fields import Fields
-from tenfold.config import RopeScaling
 from tenfold.errors import TenfoldError
 
 FACTORS = "rope_freqs.weight"
@@ -52,6 +51,7 @@ def _llama3(fields: Fields, dim: int) -> dict[str, object] | None:
     divisors: list[float] = stored.whole().tolist()
     if set(divisors) == {1.0}:
         return None
+    theta = fields.real("rope.freq_base", 10000.0)
     try:
         turns = [LLAMA3_CONTEXT * theta ** (-2 * n / dim) / math.tau for n in range(dim // 2)]
         shares = [1 / divisor for divisor in divisors]
