@@ -250,19 +250,16 @@ def test_bad_index(tmp_path: Path, harm: Any, message: str) -> None:
 REFUSED = {
     "hidden_act": "gelu",
     "quantization_config": {"quant_method": "fp8"},
-    "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
-    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    "rope_scaling": {"rope_type": "longrope", "factor": 4.0},
+    "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
     "first_k_dense_replace": "one",
     "num_attention_heads": 0,
 }
 REFUSED_QWEN = {
-    "use_sliding_window": True,
-    "attention_bias": True,
     "partial_rotary_factor": 0.5,
-    "layer_types": ["full_attention", "sliding_attention"],
     "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
 }
-REFUSED_OLMOE = {"clip_qkv": 8.0, "sliding_window": 64, "attention_bias": True, "head_dim": 3}
+REFUSED_OLMOE = {"clip_qkv": 8.0, "sliding_window": 64, "head_dim": 3}
 SOFTMAX = CONFIG.model_copy(update={"router": "softmax", "n_shared_experts": 0, "mlp_only_layers": ()})
 BASES = [
     (CONFIG, REFUSED),
@@ -283,9 +280,11 @@ def test_what_the_model_does_not_have_is_refused(config: ModelConfig, name: str,
         family.from_hf({**raw, name: value}, "config.json")
 
 
-def test_a_list_of_end_tokens_gives_the_first() -> None:
+def test_a_list_of_end_tokens_is_kept() -> None:
     raw = {**family_for(CONFIG).to_hf(CONFIG), "eos_token_id": [5, 6]}
-    assert family_for(CONFIG).from_hf(raw, "x").eos_token_id == 5
+    config = family_for(CONFIG).from_hf(raw, "x")
+    assert config.eos_token_ids == (5, 6)
+    assert json.loads(json.dumps(family_for(config).to_hf(config)))["eos_token_id"] == [5, 6]
 
 
 BAD_CONFIG = {

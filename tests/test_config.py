@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from random_families import FAMILIES, random_fields
 
 from tenfold.checkpoint.families import family_for
 from tenfold.config import ModelConfig
@@ -47,11 +48,16 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     return ModelConfig(**fields)
 
 
-@settings(max_examples=60, deadline=None)
-@given(configs())
+FAMILY_CONFIGS = [ModelConfig(**random_fields(family, seed)) for family in FAMILIES for seed in range(6)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(configs() | st.sampled_from(FAMILY_CONFIGS))
 def test_counts_are_those_of_the_built_model(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = Transformer(config)
+    assert config.mtp_params() == sum(tensor.numel() for tensor in model.mtp.state_dict().values())
+    model.mtp = torch.nn.ModuleList()
     tensors = [*model.parameters(), *model.buffers()]
     assert config.num_params() == sum(tensor.numel() for tensor in tensors)
 
@@ -60,7 +66,8 @@ def test_counts_are_those_of_the_built_model(config: ModelConfig) -> None:
     assert config.num_active_params() == config.num_params() - experts + used
 
     counts = config.params()
-    assert counts.experts == experts
+    stacks = sum(t.numel() for name, t in model.named_parameters() if ".experts." in name and t.ndim == 3)
+    assert counts.experts == stacks
     assert counts.embedding == model.embed_tokens.weight.numel()
     norms = sum(t.numel() for name, t in model.named_parameters() if "norm" in name)
     assert counts.norms == norms
@@ -68,20 +75,23 @@ def test_counts_are_those_of_the_built_model(config: ModelConfig) -> None:
     assert counts.router == routers
 
 
-@settings(max_examples=30, deadline=None)
-@given(configs())
+@settings(max_examples=100, deadline=None)
+@given(configs() | st.sampled_from(FAMILY_CONFIGS))
 def test_flops_count_every_multiplied_weight(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = Transformer(config)
+    model.mtp = torch.nn.ModuleList()
     weights = 0
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim == 3:
             weights += parameter[0].numel() * config.num_experts_per_tok
-        elif parameter.ndim == 2 and name != "embed_tokens.weight":
+        elif parameter.ndim == 2 and name != "embed_tokens.weight" and not name.endswith("bias"):
             weights += parameter.numel()
     assert config.flops_per_token(0) == 2 * weights
-    attended = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    assert config.flops_per_token(10) - config.flops_per_token(0) == 10 * attended
+    key = config.qk_nope_head_dim + config.head_dim
+    width = 2 * config.num_attention_heads * (key + (config.v_head_dim or config.head_dim))
+    attended = sum(min(10, config.window(n) or 10) for n in range(config.num_hidden_layers))
+    assert config.flops_per_token(10) - config.flops_per_token(0) == width * attended
 
 
 PUBLISHED = {

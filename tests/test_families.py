@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from random_families import FAMILIES, random_fields
+from test_parity_transformers import build, load_hf
 from torch import Tensor
 
-from random_families import FAMILIES, random_fields
-from tenfold.checkpoint import load_model, save_model
 from tenfold.checkpoint import families as ours_families
+from tenfold.checkpoint import load_model, save_model
 from tenfold.config import ModelConfig
 from tenfold.engine.kv_cache import new_kv_cache
 from tenfold.model.transformer import Transformer
-from test_parity_transformers import build, load_hf
 
 CONFIGS = [(family, seed) for family in FAMILIES for seed in range(6)]
 PROMPT = 13

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tenfold.checkpoint import load_config, load_model, save_model
-from tenfold.checkpoint.families import FAMILIES, NATIVE, family_for, family_of
+from tenfold.checkpoint.families import NATIVE, family_for, family_of
 from tenfold.config import ModelConfig
 from tenfold.model.transformer import Transformer
 

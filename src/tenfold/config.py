@@ -254,13 +254,17 @@ class ModelConfig(Counted, BaseModel):
         return len(self.sparse_layers) * idle * (self.expert_params + self._expert_biases())
 
     def mtp_params(self) -> int:
-        """Parameters of the multi-token-prediction modules, which share the embedding and the head."""
+        """Parameters of the multi-token-prediction module, which shares the embedding and the head."""
         if not self.num_nextn_predict_layers:
             return 0
-        last = self.model_copy(update={"num_hidden_layers": 1, "mlp_only_layers": (), "layer_types": ()})
-        counts = last.params()
+        counts = self._one_layer().params()
         layer = counts.total - counts.embedding - counts.lm_head
         return layer + 2 * self.hidden_size + 2 * self.hidden_size**2
+
+    def _one_layer(self) -> "ModelConfig":
+        """The same with its last layer alone: what a multi-token-prediction module holds."""
+        shape = {"num_hidden_layers": 1, "mlp_only_layers": (), "decoder_sparse_step": 1}
+        return self.model_copy(update=shape | {"layer_types": (), "num_nextn_predict_layers": 0})
 
     def flops_per_token(self, context: int) -> int:
         """Forward FLOPs of one token that attends to `context` positions, fewer in sliding layers.
@@ -272,12 +276,18 @@ class ModelConfig(Counted, BaseModel):
         return self._matrix_flops() + 2 * (self.qk_width + self.value_width) * attended
 
     def train_flops_per_token(self, seq_len: int) -> int:
-        """Training FLOPs of one token: forward and twice that backward, at the mean causal context."""
+        """Training FLOPs of one token: forward and twice that backward, at the mean causal context.
+
+        With the module that predicts further ahead, and its use of the head.
+        """
         attended = sum(
             _causal_pairs(seq_len, self.window(n) or seq_len) for n in range(self.num_hidden_layers)
         )
         attention = 2 * (self.qk_width + self.value_width) * attended // seq_len
-        return 3 * (self._matrix_flops() + attention)
+        ahead = 0
+        if self.num_nextn_predict_layers:
+            ahead = self._one_layer().train_flops_per_token(seq_len) + 3 * 4 * self.hidden_size**2
+        return 3 * (self._matrix_flops() + attention) + ahead
 
     def _matrix_flops(self) -> int:
         counts = self.params()

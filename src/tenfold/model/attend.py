@@ -74,8 +74,9 @@ def _block(
         probs = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
     else:
         probs = scores.softmax(-1)
-    out = probs.unflatten(1, (key.shape[1], -1)).flatten(2, 3) @ value
-    return out.unflatten(2, (-1, new)).flatten(1, 2)
+    stacked_out = probs.unflatten(1, (key.shape[1], -1)).flatten(2, 3) @ value
+    out: Tensor = stacked_out.unflatten(2, (-1, new)).flatten(1, 2)
+    return out
 
 
 def visible(

@@ -35,6 +35,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.scale = score_scale(config)
+        self.sinks: nn.Parameter | None
         q_dim = config.num_attention_heads * config.head_dim
         kv_dim = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=config.attention_bias)

@@ -83,4 +83,5 @@ class LatentAttention(nn.Module):
         key_up, value_up = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         query = torch.cat((query @ key_up, query_rope), dim=-1)
         latent = shared[..., : config.kv_lora_rank]
-        return attend_by_matmul(query, shared, latent, self.scale, mask) @ value_up.mT
+        out: Tensor = attend_by_matmul(query, shared, latent, self.scale, mask) @ value_up.mT
+        return out

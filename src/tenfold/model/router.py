@@ -45,6 +45,7 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.bias: Tensor
+        self.logit_bias: nn.Parameter | None
         if config.router == "sigmoid":
             self.register_buffer("bias", torch.zeros(config.num_experts))
         logit_bias = nn.Parameter(torch.zeros(config.num_experts)) if config.moe_bias else None

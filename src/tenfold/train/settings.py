@@ -56,6 +56,9 @@ class TrainSettings(BaseModel):
     balance_loss: float = Field(0.03, ge=0, description="weight of the load-balancing loss (Switch)")
     sequence_loss: float = Field(0.0, ge=0, description="weight of the sequence-wise balance loss")
     z_loss: float = Field(0.001, ge=0, description="weight of the router z-loss")
+    mtp_loss: float = Field(
+        0.0, ge=0, description="weight of predicting one token further (num_nextn_predict_layers 1)"
+    )
     bias_update_rate: float = Field(
         0.0, ge=0, description="step of the aux-loss-free bias of a sigmoid router"
     )
@@ -106,5 +109,10 @@ def resolve_config(settings: TrainSettings) -> ModelConfig:
         raise TenfoldError(
             f"seq_len {settings.seq_len} is more than the model's max_position_embeddings"
             f" {config.max_position_embeddings}"
+        )
+    if bool(settings.mtp_loss) != bool(config.num_nextn_predict_layers):
+        raise TenfoldError(
+            f"mtp_loss {settings.mtp_loss} and num_nextn_predict_layers {config.num_nextn_predict_layers}"
+            " go together: set both, or neither"
         )
     return config

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ class Trainer:
             return self.folder.read_result()
         self._build()
         steps = self.settings.steps
-        with Reporter(self.folder, label, self.progress.step, steps, self.config.sparse_layers) as reporter:
+        # The module that predicts ahead has a router too, and comes last.
+        layers = [*self.config.sparse_layers, *[self.config.num_hidden_layers] * len(self.model.mtp)]
+        with Reporter(self.folder, label, self.progress.step, steps, layers) as reporter:
             while self.progress.step < steps:
                 record = self._timed_step()
                 if self._due(self.settings.evaluations):
@@ -116,35 +119,37 @@ class Trainer:
         factor = schedule(step, settings)
         set_learning_rate(self.optimizers, factor)
         meter = RoutingMeter()
-        loss = balance_loss = 0.0
+        losses: defaultdict[str, float] = defaultdict(float)
         for row in range(0, settings.batch_size, settings.rows):
             inputs, targets = self.order.batch(step * settings.batch_size + row, settings.rows)
             inputs, targets = inputs.to(self.device), targets.to(self.device)
-            layers, part, balance_part = backward(self.model, inputs, targets, settings)
-            loss, balance_loss = loss + part, balance_loss + balance_part
+            layers, parts = backward(self.model, inputs, targets, settings)
+            for name, part in parts.items():
+                losses[name] += part
             meter.observe(layers)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._not_finite(loss, norm)
+        if not all(map(math.isfinite, (norm, *losses.values()))):
+            self._not_finite(losses, norm)
         if self.bias_update:
             self.bias_update.loads = meter.loads
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        record: dict[str, Any] = {
-            "loss": loss,
+        if not meter.loads:
+            del losses["balance_loss"]
+        return {
+            **losses,
             "grad_norm": norm,
             "learning_rate": settings.learning_rate * factor,
+            **(meter.summary() if meter.loads else {}),
         }
-        if meter.loads:
-            record |= {"balance_loss": balance_loss, **meter.summary()}
-        return record
 
-    def _not_finite(self, loss: float, norm: float) -> None:
+    def _not_finite(self, losses: dict[str, float], norm: float) -> None:
         last = self.folder.latest()
+        found = ", ".join(f"{name} {value}" for name, value in losses.items())
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was due before it"
         raise TenfoldError(
-            f"training stopped at step {self.progress.step + 1}: loss {loss}, gradient norm {norm};"
+            f"training stopped at step {self.progress.step + 1}: {found}, gradient norm {norm};"
             f" {kept}; try a lower learning_rate"
         )
 

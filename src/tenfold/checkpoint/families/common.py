@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from tenfold.checkpoint.slot import Slot, SlotMap, part
-from tenfold.config import ModelConfig
+from tenfold.config import ModelConfig, RopeScaling
 from tenfold.errors import TenfoldError
 
 Sparse = Callable[[ModelConfig, str], SlotMap]
@@ -248,8 +248,8 @@ def written_window(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-_ROPE_KEYS = {"type", "rope_theta", "partial_rotary_factor"}
-"""Of a rope dictionary that describe no scaling."""
+_NO_SCALING = ("type", "rope_theta", "partial_rotary_factor")
+"""Keys of a rope dictionary that describe no scaling."""
 
 
 class HfReader:
@@ -260,7 +260,7 @@ class HfReader:
         self.source = source
         self.only("hidden_act", "silu")
         self.only("quantization_config")
-        self.rope = {**self._dict("rope_parameters"), **self._dict("rope_scaling")}
+        self.rope = {**self._rope_dict("rope_parameters"), **self._rope_dict("rope_scaling")}
 
     def fail(self, name: str, accepted: str) -> NoReturn:
         given = self.raw.get(name)
@@ -341,17 +341,17 @@ class HfReader:
         kind = self.rope.get("rope_type", self.rope.get("type", "default"))
         if kind == "default":
             return None
-        if kind not in ("linear", "llama3", "yarn"):
-            raise TenfoldError(
-                f"{self.source}: rope_type {kind!r} is not supported, only default, linear, llama3, yarn"
-            )
-        scaling = {name: value for name, value in self.rope.items() if name not in _ROPE_KEYS}
+        scaling = {name: value for name, value in self.rope.items() if name not in _NO_SCALING}
         if kind != "linear" and scaling.get("original_max_position_embeddings") is None:
             scaling["original_max_position_embeddings"] = self.need("max_position_embeddings")
         return scaling | {"rope_type": kind}
 
-    def _dict(self, name: str) -> dict[str, Any]:
-        found = self.raw.get(name) or {}
-        if not isinstance(found, dict):
-            self.fail(name, "an object with a rope_type")
-        return found
+    def _rope_dict(self, name: str) -> dict[str, Any]:
+        rope = self.raw.get(name) or {}
+        known = {*RopeScaling.model_fields, *_NO_SCALING}
+        kinds = ("default", *get_args(RopeScaling.model_fields["rope_type"].annotation))
+        if not isinstance(rope, dict) or not rope.keys() <= known:
+            self.fail(name, f"an object with some of {', '.join(sorted(known))}")
+        if rope.get("rope_type", rope.get("type", "default")) not in kinds:
+            self.fail(name, f"rope_type {', '.join(kinds)}")
+        return rope

@@ -94,12 +94,14 @@ def _sparse(_: ModelConfig, prefix: str) -> SlotMap:
 
 def _alternating(gate_up: "Tensor") -> "Tensor":
     """(E, 2F, D) -> (E, D, F, 2)."""
-    return gate_up.unflatten(1, (2, -1)).permute(0, 3, 2, 1)
+    view: Tensor = gate_up.unflatten(1, (2, -1)).permute(0, 3, 2, 1)
+    return view
 
 
 def _alternating_bias(bias: "Tensor") -> "Tensor":
     """(E, 2F) -> (E, F, 2)."""
-    return bias.unflatten(1, (2, -1)).transpose(1, 2)
+    view: Tensor = bias.unflatten(1, (2, -1)).transpose(1, 2)
+    return view
 
 
 def _transposed(down: "Tensor") -> "Tensor":
