@@ -110,8 +110,8 @@ def write_model(
 def set_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if value is None:
         del writer.kv_data[0][key]
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
+    elif type(value) is int and value >= 0:
+        writer.add_uint32(key, value)
     else:
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
 

@@ -4,6 +4,7 @@ The keys are those of llama.cpp's converter, and what stands in for one that a f
 llama.cpp takes then.
 """
 
+import reprlib
 from typing import Any
 
 from tenfold.checkpoint.gguf.fields import Fields
@@ -22,10 +23,10 @@ def gguf_config(metadata: dict[str, Any], tensors: dict[str, Stored], source: st
     what tenfold does not model.
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES)
-        near = nearest(str(architecture), _ARCHITECTURES)
-        raise TenfoldError(f"{source}: unknown general.architecture {architecture}{near}; known: {known}")
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
+        given, known = reprlib.repr(architecture), ", ".join(_ARCHITECTURES)
+        near = nearest(given, _ARCHITECTURES)
+        raise TenfoldError(f"{source}: unknown general.architecture {given}{near}; known: {known}")
     fields = Fields(metadata, tensors, source)
     return ModelConfig.parse(_shared(fields) | _ARCHITECTURES[architecture](fields), source)
 

@@ -15,6 +15,7 @@ MAX_BYTES = 64 << 20
 """Longest header that is read: as Python objects it can take nine times that. The largest
 vocabularies of today (262,144 tokens with their merges) need about 20 MB."""
 MAX_DIMS = 4
+MAX_NAME = 256  # llama.cpp's own limit for tensors is 64
 MAX_NESTING = 4  # llama.cpp writes and reads arrays of scalars and strings only
 
 STRING, ARRAY = 8, 9
@@ -59,14 +60,14 @@ class Header:
     def key_values(self, count: int) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for _ in range(count):
-            key = self.string("a key")
+            key = self.name("a key")
             if key in values:
                 self.fail(f"key {key} is there twice")
             values[key] = self.value(self.number("I", f"key {key}"), f"key {key}")
         return values
 
     def tensor_info(self) -> TensorInfo:
-        name = self.string("a tensor's name")
+        name = self.name("a tensor's name")
         what = f"tensor {name}"
         dims = self.number("I", what)
         if not 1 <= dims <= MAX_DIMS:
@@ -109,6 +110,13 @@ class Header:
             return data.decode()
         except UnicodeDecodeError:
             self.fail(f"{what} is not UTF-8")
+
+    def name(self, what: str) -> str:
+        """A string that a message can hold."""
+        name = self.string(what)
+        if not name.isprintable() or len(name) > MAX_NAME:
+            self.fail(f"{what} is {name[:MAX_NAME]!r}, not up to {MAX_NAME} printable characters")
+        return name
 
     def number(self, code: str, what: str) -> int:
         (value,) = struct.unpack(f"<{code}", self.take(struct.calcsize(code), what))

@@ -5,6 +5,7 @@ Tensor bytes are read, not mapped: the pages of a mapped file would count as mem
 
 import os
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -53,7 +54,7 @@ def _siblings(path: Path, parts: object) -> list[Path]:
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name, re.DOTALL)
     if match is None or int(match[3]) != parts:
         raise TenfoldError(
-            f"{path}: it is one of {parts} parts of a split model, so it must be called"
+            f"{path}: it is one of {reprlib.repr(parts)} parts of a split model, so it must be called"
             " NAME-00001-of-0000N.gguf, with the other parts beside it"
         )
     files = [path.with_name(f"{match[1]}-{n:05d}-of-{match[3]}.gguf") for n in range(1, int(match[3]) + 1)]
@@ -94,7 +95,7 @@ def _place(header: Header, metadata: dict[str, Any], infos: list[TensorInfo]) ->
     """Where each tensor's bytes are, once it is sure that they are there and no other tensor's."""
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        header.fail(f"general.alignment {alignment!r} is not a power of two")
+        header.fail(f"general.alignment {reprlib.repr(alignment)} is not a power of two")
     start = -(-header.at // alignment) * alignment
     tensors: dict[str, Stored] = {}
     end = 0

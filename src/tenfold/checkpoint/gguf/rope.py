@@ -81,4 +81,4 @@ def _line(turns: list[float], shares: list[float]) -> tuple[float, float]:
     (turn, share), (last_turn, last_share) = between[0], between[-1]
     slope = (share - last_share) / (turn - last_turn)
     high = turn + (1 - share) / slope
-    return round(high - (1 - least) / slope, 3), round(high, 3)
+    return round(high - (1 - least) / slope, 5), round(high, 5)
