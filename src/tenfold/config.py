@@ -134,10 +134,11 @@ class ModelConfig(Counted, Parsed):
         """Indices of the layers with experts (Qwen3-MoE's rule: every n-th, less `mlp_only_layers`)."""
         if not self.num_experts:
             return []
+        dense = set(self.mlp_only_layers)
         return [
             layer
             for layer in range(self.num_hidden_layers)
-            if (layer + 1) % self.decoder_sparse_step == 0 and layer not in self.mlp_only_layers
+            if (layer + 1) % self.decoder_sparse_step == 0 and layer not in dense
         ]
 
     @property

@@ -1,4 +1,4 @@
-"""Models as Hugging Face directories: config.json, safetensors, tokenizer.json.
+"""Models as Hugging Face directories (config.json, safetensors, tokenizer.json), and GGUF files.
 
 `load_model` and `save_model` need torch, so they are imported when first asked for; the families
 and `load_config` stay usable without it.
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.checkpoint.families import Family, family_of
+from tenfold.checkpoint.gguf.architectures import gguf_config
+from tenfold.checkpoint.gguf.reader import open_gguf
 from tenfold.errors import TenfoldError
 from tenfold.files import read_json
 from tenfold.hub import resolve
@@ -20,8 +22,15 @@ __all__ = ["load_config", "load_decoder_only", "load_model", "read_config", "rea
 
 
 def load_config(path_or_id: str | Path) -> AnyConfig:
-    """The config of a model directory or hub id. Raises TenfoldError for anything but a known, valid one."""
-    return read_config(resolve(path_or_id, "config") / "config.json")[1]
+    """The config of a model directory, GGUF file or hub id.
+
+    Raises TenfoldError for anything but a known, valid one.
+    """
+    path = resolve(path_or_id, "config")
+    if path.suffix != ".gguf":
+        return read_config(path / "config.json")[1]
+    file = open_gguf(path)
+    return gguf_config(file.metadata, file.tensors, str(path))
 
 
 def read_config(path: Path) -> tuple[Family, AnyConfig]:

@@ -9,9 +9,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tenfold.checkpoint import load_config, read_config, safetensors, weights
+from tenfold.checkpoint import load_config, safetensors
 from tenfold.checkpoint.families import Family, family_for
-from tenfold.checkpoint.slot import Slot, SlotMap
+from tenfold.checkpoint.opening import Checkpoint, open_checkpoint
+from tenfold.checkpoint.slot import Slot
 from tenfold.checkpoint.stored import Stored
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
@@ -22,66 +23,63 @@ from tenfold.model.transformer import Transformer
 from tenfold.switch_config import AnyConfig, SwitchConfig, decoder_only
 
 Model = Transformer | SwitchTransformer
+MAX_PARAMS = 1 << 60
 
 
 def load_model(
     path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Model:
-    """The model in a directory or of a hub id, in eval mode. Router biases stay float32 whatever `dtype` is.
+    """The model in a directory, a GGUF file or of a hub id, in eval mode.
 
-    Raises TenfoldError naming the file and tensor for anything missing, left over or misshapen.
+    Router biases stay float32 whatever `dtype` is. Raises TenfoldError naming the file and tensor for
+    anything missing, left over or misshapen.
     """
-    directory = resolve(path_or_id)
-    family, config = read_config(directory / "config.json")
-    tensors = weights.list_tensors(directory)
-    config = family.present(config, tensors)
-    slots = family.tensor_map(config)
-    for name in set(tensors) - set(slots):
-        if family.is_redundant(config, name):
-            del tensors[name]
-    _check_names(f"the {family.architecture} of {directory / 'config.json'}", slots, tensors)
-    model = _empty(config, dtype, device)
-    _fill(model, slots, tensors)
+    checkpoint = open_checkpoint(resolve(path_or_id))
+    model = _unallocated(checkpoint)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    model.tie_weights()  # to_empty allocates a shared parameter twice
+    _fill(model, checkpoint)
     return model.eval()
 
 
-def load_decoder_only(directory: Path) -> Transformer:
+def load_decoder_only(path: Path) -> Transformer:
     """The model in a directory, for what works on no encoder-decoder: one is a TenfoldError."""
-    decoder_only(load_config(directory), str(directory))
-    model = load_model(directory)
+    decoder_only(load_config(path), str(path))
+    model = load_model(path)
     assert isinstance(model, Transformer)
     return model
-
-
-def _check_names(source: str, slots: SlotMap, tensors: dict[str, Stored]) -> None:
-    for name, slot in slots.items():
-        if name not in tensors and not slot.is_copy:
-            raise TenfoldError(f"tensor {name} is missing, which {source} calls for")
-    for name, stored in tensors.items():
-        if name not in slots:
-            raise TenfoldError(f"{stored.file}: tensor {name} has no place in {source}")
 
 
 def new_model(config: AnyConfig) -> Model:
     return SwitchTransformer(config) if isinstance(config, SwitchConfig) else Transformer(config)
 
 
-def _empty(config: AnyConfig, dtype: torch.dtype, device: str | torch.device) -> Model:
-    """Allocated and not filled: the meta device spares the time of a random initialization."""
+def _unallocated(checkpoint: Checkpoint) -> Model:
+    """On the meta device, which spares a random initialization and lets all shapes be checked before
+    a config that claims more than there is can ask for the memory."""
+    count = checkpoint.config.num_params()
+    if count > MAX_PARAMS:
+        raise TenfoldError(f"{checkpoint.source} has {count:,} parameters, more than any machine can hold")
     with torch.device("meta"):
-        model = new_model(config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.to_empty(device=device)
-    model.tie_weights()  # to_empty allocates a shared parameter twice
+        model = new_model(checkpoint.config)
+    ours = _own_tensors(model)
+    for name, stored in checkpoint.tensors.items():
+        slot = checkpoint.slots[name]
+        shape = slot.shape(slot.view(ours[slot.name]))
+        if stored.shape != shape and not slot.is_copy:
+            raise TenfoldError(
+                f"{stored.file}: tensor {name} has shape {stored.shape}, not {shape} as its config says"
+            )
     return model
 
 
-def _fill(model: Model, slots: SlotMap, tensors: dict[str, Stored]) -> None:
+def _fill(model: Model, checkpoint: Checkpoint) -> None:
     ours = _own_tensors(model)
     filled: Counter[str] = Counter()
-    for name, stored in tensors.items():
-        slot = slots[name]
+    for name, stored in checkpoint.tensors.items():
+        slot = checkpoint.slots[name]
         if not slot.is_copy:
             target = slot.view(ours[slot.name])
             _copy(stored, slot, target)
@@ -93,11 +91,6 @@ def _fill(model: Model, slots: SlotMap, tensors: dict[str, Stored]) -> None:
 
 def _copy(stored: Stored, slot: Slot, target: Tensor) -> None:
     """Into a view of the model's tensor, a few rows at a time where the file has the same first axis."""
-    if stored.shape != slot.shape(target):
-        raise TenfoldError(
-            f"{stored.file}: tensor {stored.name} has shape {stored.shape},"
-            f" not {slot.shape(target)} as its config says"
-        )
     if slot.merged == 0:
         target.copy_(stored.whole().view(target.shape))
         return
