@@ -121,7 +121,10 @@ def test_smollm_cuts_digits_apart(text: str) -> None:
     ("pre", "pieces"),
     [
         ("deepseek-llm", ["The", " cat", "\n", "\n", "ends", " ...", " ", "2024", "年", "б", "ა"]),
-        ("deepseek-coder", ["The", " cat", "\n", "\n", "ends", " ...", " ", "2", "0", "2", "4", "年", "б", "ა"]),
+        (
+            "deepseek-coder",
+            ["The", " cat", "\n", "\n", "ends", " ...", " ", "2", "0", "2", "4", "年", "б", "ა"],
+        ),
         ("deepseek-v3", ["The", " cat", "\n\n", "ends", " ...", " ", "202", "4", "年", "бა"]),
     ],
 )

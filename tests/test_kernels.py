@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tenfold.kernels import EMPTY_SLOT, grouped_mm, reference
+from tenfold.kernels import ACTIVATIONS, EMPTY_SLOT, grouped_mm, reference
 
 BACKENDS = {"grouped_mm": grouped_mm.experts}
 
@@ -37,6 +37,8 @@ KINDS = ["random", "all to one", "an idle expert", "empty slots", "all empty"]
     top_k=st.integers(1, 6),
     width=st.sampled_from([4, 8, 5]),
     hidden=st.sampled_from([4, 12, 7]),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    biased=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -48,29 +50,37 @@ def test_backend_equals_reference(
     top_k: int,
     width: int,
     hidden: int,
+    activation: str,
+    biased: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     ids = routing(kind, tokens, experts, min(top_k, experts))
+    rows = width if activation == "relu" else 2 * width
     inputs = (
         torch.randn(tokens, hidden),
-        torch.randn(experts, 2 * width, hidden),
+        torch.randn(experts, rows, hidden),
         torch.randn(experts, hidden, width),
         torch.rand(ids.shape),
     )
+    if biased:
+        inputs += (torch.randn(experts, rows), torch.randn(experts, hidden))
     upstream = torch.randn(tokens, hidden)
-    ours = run(BACKENDS[backend], inputs, ids, upstream)
-    truth = run(reference.experts, tuple(t.double() for t in inputs), ids, upstream.double())
+    ours = run(BACKENDS[backend], inputs, ids, upstream, activation)
+    truth = run(reference.experts, tuple(t.double() for t in inputs), ids, upstream.double(), activation)
     for mine, true in zip(ours, truth, strict=True):
         assert (mine.double() - true).norm() <= 1e-5 * true.norm() + 1e-12
 
 
-def run(backend, inputs: tuple[Tensor, ...], ids: Tensor, upstream: Tensor) -> list[Tensor]:
-    """Output and the gradients of x, gate_up, down and the weights."""
-    x, gate_up, down, weights = (t.clone().requires_grad_() for t in inputs)
-    out = backend(x, gate_up, down, ids, weights, "silu")
+def run(
+    backend, inputs: tuple[Tensor, ...], ids: Tensor, upstream: Tensor, activation: str = "silu"
+) -> list[Tensor]:
+    """Output and the gradients of x, gate_up, down, the weights and, where they are given, the biases."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    x, gate_up, down, weights, *biases = leaves
+    out = backend(x, gate_up, down, ids, weights, activation, *biases)
     out.backward(upstream)
-    return [out.detach(), x.grad, gate_up.grad, down.grad, weights.grad]
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def test_reference_is_the_formula() -> None:
@@ -88,19 +98,52 @@ def test_reference_is_the_formula() -> None:
         torch.testing.assert_close(out[token], want)
 
 
+def test_clamped_swiglu_is_the_formula() -> None:
+    """gpt-oss, expert by expert, with biases; large enough that both clamps bite."""
+    torch.manual_seed(0)
+    x, gate_up, down = torch.randn(3, 4), 6 * torch.randn(2, 6, 4), torch.randn(2, 4, 3)
+    gate_up_bias, down_bias = torch.randn(2, 6), torch.randn(2, 4)
+    ids, weights = torch.tensor([[0], [1], [1]]), torch.rand(3, 1)
+    out = reference.experts(x, gate_up, down, ids, weights, "clamped_swiglu", gate_up_bias, down_bias)
+    for token, expert in enumerate(ids.flatten().tolist()):
+        gate, up = (gate_up[expert] @ x[token] + gate_up_bias[expert]).split(3)
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+        hidden = (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+        want = weights[token, 0] * (down[expert] @ hidden + down_bias[expert])
+        torch.testing.assert_close(out[token], want)
+
+
+def test_relu_is_the_formula() -> None:
+    """Switch: no gate, so the first projection has as many rows as the second has columns."""
+    torch.manual_seed(0)
+    x, wi, wo = torch.randn(3, 4), torch.randn(2, 5, 4), torch.randn(2, 4, 5)
+    ids, weights = torch.tensor([[0], [1], [EMPTY_SLOT]]), torch.rand(3, 1)
+    out = reference.experts(x, wi, wo, ids, weights, "relu")
+    for token, expert in enumerate([0, 1]):
+        hidden = (wi[expert] @ x[token]).clamp(min=0)
+        torch.testing.assert_close(out[token], weights[token, 0] * (wo[expert] @ hidden))
+    assert (out[2] == 0).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_token_without_gradient(backend: str, kind: str) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_token_without_gradient(backend: str, kind: str, activation: str, biased: bool) -> None:
     """Decoding takes its own path."""
     torch.manual_seed(0)
     ids = routing(kind, 1, 5, 3)
+    rows = 4 if activation == "relu" else 8
     arguments = (
         torch.randn(1, 8),
-        torch.randn(5, 8, 8),
+        torch.randn(5, rows, 8),
         torch.randn(5, 8, 4),
         ids,
         torch.rand(1, 3),
+        activation,
     )
+    if biased:
+        arguments += (torch.randn(5, rows), torch.randn(5, 8))
     with torch.no_grad():
         torch.testing.assert_close(BACKENDS[backend](*arguments), reference.experts(*arguments))
 

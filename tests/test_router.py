@@ -59,11 +59,11 @@ def reference(router: Router, logits: list[float]) -> dict[int, float]:
         ranked = list(scores)
         if sigmoid:
             ranked = [s + b for s, b in zip(scores, router.bias.double().tolist(), strict=True)]
-            size = E // config.n_group
-            if config.n_group > 1:
-                groups = [ranked[g * size : (g + 1) * size] for g in range(config.n_group)]
-                kept = best([sum(sorted(g)[-2:]) for g in groups], config.topk_group)
-                ranked = [r if e // size in kept else -math.inf for e, r in enumerate(ranked)]
+        if config.n_group > 1:
+            size, counted = E // config.n_group, 2 if sigmoid else 1
+            groups = [ranked[g * size : (g + 1) * size] for g in range(config.n_group)]
+            kept = best([sum(sorted(g)[-counted:]) for g in groups], config.topk_group)
+            ranked = [r if e // size in kept else -math.inf for e, r in enumerate(ranked)]
         chosen = best(ranked, K)
         weights = [scores[e] for e in chosen]
         if config.norm_topk_prob:
@@ -89,9 +89,10 @@ def test_router_equals_a_float64_loop(name: str, fields: dict[str, object], top_
 
 
 @pytest.mark.parametrize(("groups", "kept", "top_k"), [(2, 1, 3), (4, 2, 4), (4, 3, 2)])
-def test_group_limited_choice(groups: int, kept: int, top_k: int) -> None:
+@pytest.mark.parametrize("router", ["sigmoid", "softmax"])
+def test_group_limited_choice(router: str, groups: int, kept: int, top_k: int) -> None:
     torch.manual_seed(groups)
-    check(make("sigmoid", 8, top_k, n_group=groups, topk_group=kept))
+    check(make(router, 8, top_k, n_group=groups, topk_group=kept))
 
 
 def test_switch_takes_the_best_at_its_own_probability() -> None:

@@ -3,10 +3,11 @@
 import sys
 from typing import Any
 
+from tenfold.checkpoint.store import Model
 from tenfold.engine.llm import Generation
 from tenfold.errors import TenfoldError
-from tenfold.model.transformer import Transformer
 from tenfold.sampling import SamplingParams
+from tenfold.switch_config import decoder_only
 from tenfold.tokenizer import Tokenizer
 
 FINAL_CHANNEL = "<|channel|>final<|message|>"
@@ -20,7 +21,7 @@ class Chat:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Model,
         tokenizer: Tokenizer,
         params: SamplingParams,
         system: str | None,
@@ -32,6 +33,7 @@ class Chat:
                 f" `tenfold generate {name} --prompt TEXT`"
             )
         self._model, self._tokenizer, self._params = model, tokenizer, params
+        self._context = decoder_only(model.config, name).max_position_embeddings
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
@@ -47,12 +49,11 @@ class Chat:
         room in the model's context than `max_tokens`, or than half of it.
         """
         self.messages.append({"role": "user", "content": text})
-        context = self._model.config.max_position_embeddings
-        room = min(self._params.max_tokens, context // 2)
+        room = min(self._params.max_tokens, self._context // 2)
         self.dropped = 0
         while True:
             ids = self._tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
-            if len(ids) + room <= context or not self._drop_oldest_turn():
+            if len(ids) + room <= self._context or not self._drop_oldest_turn():
                 return Generation(self._model, self._tokenizer, ids, self._params)
 
     def _drop_oldest_turn(self) -> bool:

@@ -10,8 +10,8 @@ import cyclopts
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 
-from tenfold.config import first_problem
 from tenfold.errors import TenfoldError
+from tenfold.parsed import first_problem
 
 # Settings are classes whose annotations the parser reads: importing them must stay cheap.
 from tenfold.sampling import SamplingParams
@@ -112,19 +112,19 @@ def compare(
 
 @app.command
 def generate(
-    model: Path,
+    model: str,
     /,
     *,
     prompt: str = "",
     params: Annotated[SamplingParams, Flat] = SamplingParams(),  # noqa: B008
     json: Json = False,
 ) -> None:
-    """Write text with a model directory.
+    """Write text with a model.
 
     Parameters
     ----------
     model
-        directory of a saved model
+        directory of a model, or its id on the Hugging Face hub (owner/name)
     prompt
         text to go on from
     """
@@ -135,7 +135,7 @@ def generate(
 
 @app.command
 def chat(
-    model: Path,
+    model: str,
     /,
     *,
     system: str | None = None,
@@ -150,7 +150,7 @@ def chat(
     Parameters
     ----------
     model
-        directory of a saved model
+        directory of a model, a .gguf file, or an id on the Hugging Face hub (owner/name)
     system
         what the model is told before the conversation
     message
@@ -161,7 +161,7 @@ def chat(
 
     if json and message is None:
         raise TenfoldError("--json needs --message: a conversation is no single object")
-    conversation = Chat(*load_model_and_tokenizer(model), params, system, str(model))
+    conversation = Chat(*load_model_and_tokenizer(model), params, system, model)
     if message is None:
         talk(conversation)
     else:
@@ -175,13 +175,20 @@ def inspect(model: str, /, *, context: Context = 4096, json: Json = False) -> No
     Parameters
     ----------
     model
-        a preset, or the directory of a model
+        a preset, the directory of a model, or its id on the Hugging Face hub (owner/name)
     context
         positions a token attends to, for the FLOPs
     """
-    from tenfold.inspection import describe, find_config
+    from tenfold.inspection import inspect as run
+    from tenfold.inspection import tables
 
-    _print_table(describe(find_config(model), context), model, json)
+    found = run(model, context)
+    if json:
+        print(json_.dumps(found))
+        return
+    from rich.console import Console
+
+    Console().print(*tables(found, model), sep="")
 
 
 def _print_generation(generation: "Generation", json: bool) -> None:

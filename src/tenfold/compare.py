@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold import specialization
-from tenfold.checkpoint import load_config, load_model
+from tenfold.checkpoint import load_config, load_decoder_only
 from tenfold.config import ModelConfig
 from tenfold.device import pick_device, pick_precision
 from tenfold.engine.llm import Generation
@@ -15,6 +15,7 @@ from tenfold.files import write_json, write_text, writing
 from tenfold.report.page import render
 from tenfold.report.verdict import judge
 from tenfold.sampling import SamplingParams
+from tenfold.switch_config import decoder_only
 from tenfold.train.data import TokenData, prepare, with_tokenizer
 from tenfold.train.settings import TrainSettings, resolve_config
 from tenfold.train.state import RunFolder
@@ -44,7 +45,7 @@ def compare(
         raise TenfoldError(f"{out} is not empty: continue it with --resume, or choose another --out")
     pick_device(settings.device)
     results = {name: _taken_result(folder) for name, folder in (taken or {}).items()}
-    sparse = load_config(results["sparse"]["path"]) if "sparse" in results else resolve_config(settings)
+    sparse = _trained_config(results["sparse"]) if "sparse" in results else resolve_config(settings)
     three_configs(sparse)
     vocab_size = results["sparse"]["vocab_size"] if "sparse" in results else sparse.vocab_size
     data = prepare(settings.data, settings.tokenizer, vocab_size)
@@ -67,6 +68,10 @@ def compare(
     }
     _write(report, out)
     return report
+
+
+def _trained_config(result: Result) -> ModelConfig:
+    return decoder_only(load_config(result["path"]), result["path"])
 
 
 def three_configs(sparse: ModelConfig) -> dict[str, ModelConfig]:
@@ -138,7 +143,7 @@ def _write(report: dict[str, Any], out: Path) -> None:
 
 def _measure(results: dict[str, Result], data: TokenData, seq_len: int) -> dict[str, Any]:
     """Add each saved model's cost of a token to `results`; return what the sparse one's experts do."""
-    models = {name: load_model(Path(result["path"])) for name, result in results.items()}
+    models = {name: load_decoder_only(Path(result["path"])) for name, result in results.items()}
     speeds = decode_tokens_per_second(models, DECODE_TOKENS)
     for name, model in models.items():
         results[name]["weight_bytes_per_token"] = model.config.weight_bytes_per_token(WEIGHTS)

@@ -3,13 +3,14 @@
 Field names are those of Hugging Face's config.json. Nothing here needs torch.
 """
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from tenfold.config_checks import problems
 from tenfold.counting import BYTES_PER_WEIGHT, Counted, ParamCounts
-from tenfold.errors import TenfoldError, nearest
+from tenfold.errors import TenfoldError
+from tenfold.parsed import Parsed
 
 RouterName = Literal["softmax", "topk_softmax", "sigmoid", "switch", "expert_choice"]
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -17,14 +18,12 @@ MLA_NORM_EPS = 1e-6
 """Of the two norms inside latent attention, whatever `rms_norm_eps` is (DeepSeek's own code)."""
 
 
-class RopeScaling(BaseModel):
+class RopeScaling(Parsed):
     """How RoPE is stretched beyond the context it was trained for; fields as in Hugging Face.
 
     `linear` divides every frequency by `factor`; `llama3` only the low ones (Llama 3.1's config);
     `yarn` by parts, and sharpens attention (Peng et al. 2023, arXiv:2309.00071).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rope_type: Literal["linear", "llama3", "yarn"]
     factor: float = Field(gt=0)
@@ -47,10 +46,8 @@ class RopeScaling(BaseModel):
         return self
 
 
-class ModelConfig(Counted, BaseModel):
+class ModelConfig(Counted, Parsed):
     """A decoder-only transformer, dense (`num_experts` 0) or sparse."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_type: str | None = Field(
         None, description="Hugging Face family to save as; by default the first that fits"
@@ -122,17 +119,6 @@ class ModelConfig(Counted, BaseModel):
     routed_scaling_factor: float = Field(1.0, gt=0)
     capacity_factor: float = Field(1.25, gt=0, description="Switch: room per expert over its fair share")
 
-    @classmethod
-    def parse(cls, values: dict[str, Any], source: str) -> Self:
-        """Build from outside data; a TenfoldError names `source`, the field and what is accepted."""
-        for name in values:
-            if name not in cls.model_fields:
-                raise TenfoldError(f"{source}: unknown field {name}{nearest(name, cls.model_fields)}")
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise TenfoldError(f"{source}: {first_problem(error)}") from None
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         for problem in problems(self):
@@ -148,10 +134,11 @@ class ModelConfig(Counted, BaseModel):
         """Indices of the layers with experts (Qwen3-MoE's rule: every n-th, less `mlp_only_layers`)."""
         if not self.num_experts:
             return []
+        dense = set(self.mlp_only_layers)
         return [
             layer
             for layer in range(self.num_hidden_layers)
-            if (layer + 1) % self.decoder_sparse_step == 0 and layer not in self.mlp_only_layers
+            if (layer + 1) % self.decoder_sparse_step == 0 and layer not in dense
         ]
 
     @property
@@ -303,6 +290,11 @@ class ModelConfig(Counted, BaseModel):
             width = self.kv_lora_rank + self.qk_rope_head_dim
         return width * self.num_hidden_layers * BYTES_PER_WEIGHT[dtype]
 
+    def weights_per_token(self) -> int:
+        """Weights one generated token reads: all that is active, but only one row of the embedding."""
+        row = 0 if self.tie_word_embeddings else self.hidden_size
+        return self.num_active_params(input_embedding=False) + row
+
     def dense_twin(self, equal: Literal["active", "total"]) -> "ModelConfig":
         """The dense model with the same active, or the same total, parameters (within 2%).
 
@@ -337,11 +329,3 @@ def _causal_pairs(seq_len: int, window: int) -> int:
     """Positions that all the tokens of a sequence attend to, added up."""
     window = min(window, seq_len)
     return window * (window + 1) // 2 + (seq_len - window) * window
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first thing pydantic found wrong, on one line: field, fault, and the value given."""
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{field}: {message}, not {problem['input']!r}" if field else message

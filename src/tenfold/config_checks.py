@@ -29,6 +29,9 @@ def _attention_problems(config: "ModelConfig") -> Iterator[str]:
             f"head_dim {config.head_dim} x partial_rotary_factor {config.partial_rotary_factor}"
             " must be an even number of at least 2"
         )
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.rope_type == "yarn" and config.rope_theta <= 1:
+        yield f"rope_theta {config.rope_theta} must be more than 1 with rope_type yarn"
     if len(config.layer_types) not in (0, config.num_hidden_layers):
         yield (
             f"layer_types has {len(config.layer_types)} entries for"

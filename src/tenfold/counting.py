@@ -1,8 +1,21 @@
 """The arithmetic that every model config shares: parameters, active parameters, bytes. All exact."""
 
 from dataclasses import dataclass, fields
+from math import ceil
 
-BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
+BITS_PER_WEIGHT = {
+    "float32": 32,
+    "float16": 16,
+    "bfloat16": 16,
+    "float8": 8,  # DeepSeek-V3's float32 scale of each 128×128 block adds 0.002
+    "q8": 8.5,  # ggml's Q8_0: 32 weights of 8 bits share a float16 scale
+    "q4": 4.5,  # ggml's Q4_0: 32 weights of 4 bits share a float16 scale
+    "mxfp4": 4.25,  # OCP Microscaling v1.0: 32 weights of 4 bits share an 8-bit exponent
+}
+"""With every weight in that format. Real files keep some wider: norms, routers, often embeddings."""
+
+BYTES_PER_WEIGHT = {form: int(bits) // 8 for form, bits in BITS_PER_WEIGHT.items() if bits % 8 == 0}
+"""Formats without scales, which a KV cache may have too."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,6 @@ class Counted:
     """Counts that follow from `params` and the few facts below, for any architecture."""
 
     tie_word_embeddings: bool
-    hidden_size: int
 
     def params(self) -> ParamCounts:
         """Parameters by kind; a tied embedding is counted once, as the embedding."""
@@ -43,6 +55,10 @@ class Counted:
         """All parameters, the selection biases of sigmoid routers included, multi-token prediction not."""
         return self.params().total
 
+    def mtp_params(self) -> int:
+        """Parameters of multi-token-prediction modules, where there are any."""
+        return 0
+
     def num_active_params(self, input_embedding: bool = True) -> int:
         """Parameters that work on one token.
 
@@ -54,8 +70,14 @@ class Counted:
             return active
         return active - self.params().embedding
 
-    def weight_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of weights one generated token reads: all that is active, and one embedding row."""
-        row = 0 if self.tie_word_embeddings else self.hidden_size
-        weights = self.num_active_params(input_embedding=False) + row
-        return weights * BYTES_PER_WEIGHT[dtype]
+    def weights_per_token(self) -> int:
+        """Weights one generated token reads."""
+        raise NotImplementedError
+
+    def weight_bytes(self, form: str) -> int:
+        """Bytes of all weights in one of the formats of `BITS_PER_WEIGHT`."""
+        return ceil(self.num_params() * BITS_PER_WEIGHT[form] / 8)
+
+    def weight_bytes_per_token(self, form: str) -> int:
+        """Bytes of weights one generated token reads."""
+        return ceil(self.weights_per_token() * BITS_PER_WEIGHT[form] / 8)

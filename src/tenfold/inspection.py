@@ -1,27 +1,28 @@
-"""What is in a model and what it will need, counted from its config alone."""
+"""What is in a model and what it will need: counted from its config, and read off its files."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenfold.checkpoint import load_config
 from tenfold.checkpoint.families import family_for
-from tenfold.config import ModelConfig
-from tenfold.counting import BYTES_PER_WEIGHT
-from tenfold.errors import TenfoldError
+from tenfold.counting import BITS_PER_WEIGHT, BYTES_PER_WEIGHT
+from tenfold.hub import resolve
 from tenfold.presets import load_preset
+from tenfold.switch_config import AnyConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
-def find_config(name: str) -> ModelConfig:
-    """The config of a model directory, or of the preset called `name`."""
-    if Path(name).is_dir():
-        return load_config(Path(name))
-    if "/" in name:
-        raise TenfoldError(f"{name}: no such model directory")
-    return load_preset(name)
+def inspect(model: str, context: int) -> dict[str, Any]:
+    """`describe` for a preset, a directory or a hub id, of which only the config is fetched."""
+    if "/" in model or Path(model).exists():
+        return describe(load_config(resolve(model, "config")), context)
+    return describe(load_preset(model), context)
 
 
-def describe(config: ModelConfig, context: int) -> dict[str, Any]:
-    """Parameters by kind, FLOPs of a token at `context`, bytes by dtype. Names are stable."""
+def describe(config: AnyConfig, context: int) -> dict[str, Any]:
+    """Parameters by kind, FLOPs of a token at `context`, bytes by format. Names are stable."""
     counts, total = config.params(), config.num_params()
     active = config.num_active_params()
     return {
@@ -38,11 +39,84 @@ def describe(config: ModelConfig, context: int) -> dict[str, Any]:
         "shared_expert_params": counts.shared_experts,
         "router_params": counts.router,
         "expert_params": counts.experts,
+        "bias_params": counts.biases,
+        "mtp_params": config.mtp_params(),
         "experts": config.num_experts,
         "experts_per_token": config.num_experts_per_tok,
         "context": context,
         "flops_per_token": config.flops_per_token(context),
-        "weight_bytes": {dtype: total * size for dtype, size in BYTES_PER_WEIGHT.items()},
-        "weight_bytes_per_token": {d: config.weight_bytes_per_token(d) for d in BYTES_PER_WEIGHT},
-        "kv_bytes_per_token": {d: config.kv_bytes_per_token(d) for d in BYTES_PER_WEIGHT},
+        "weights_per_token": config.weights_per_token(),
+        "weights_per_token_fraction": config.weights_per_token() / total,
+        "weight_bytes": {form: config.weight_bytes(form) for form in BITS_PER_WEIGHT},
+        "weight_bytes_per_token": {form: config.weight_bytes_per_token(form) for form in BITS_PER_WEIGHT},
+        "kv_bytes_per_token": {form: config.kv_bytes_per_token(form) for form in BYTES_PER_WEIGHT},
     }
+
+
+def tables(found: dict[str, Any], title: str) -> list["Table"]:
+    """What `inspect` found, for people: parameters, what one token takes, memory by format."""
+    return [_parameters(found, title), _one_token(found), _memory(found)]
+
+
+def _parameters(found: dict[str, Any], title: str) -> "Table":
+    table = _table(f"{title}: {found['architecture']}", "parameters", "", "exact")
+    experts = f"routed experts: {found['experts']}, {found['experts_per_token']} a token"
+    rows = {
+        "total": "total_params",
+        "active, with the input embedding": "active_params",
+        "active, without it": "active_params_without_input_embedding",
+        experts: "expert_params",
+        "shared experts": "shared_expert_params",
+        "routers": "router_params",
+        "dense feed-forward": "dense_mlp_params",
+        "attention": "attention_params",
+        "input embedding": "embedding_params",
+        "output head": "lm_head_params",
+        "norms": "norm_params",
+        "biases": "bias_params",
+        "multi-token prediction, beside the total": "mtp_params",
+    }
+    for label, name in rows.items():
+        if found[name]:
+            table.add_row(label, _scaled(found[name], 1000, ["", "k", "M", "B", "T"]), f"{found[name]:,}")
+    return table
+
+
+def _one_token(found: dict[str, Any]) -> "Table":
+    table = _table("", f"one token after {found['context']:,}", "", "exact")
+    flops, weights = found["flops_per_token"], found["weights_per_token"]
+    table.add_row("FLOPs", _scaled(flops, 1000, ["", "k", "M", "G", "T"]), f"{flops:,}")
+    table.add_row("weights it touches", f"{found['weights_per_token_fraction']:.1%}", f"{weights:,}")
+    return table
+
+
+def _memory(found: dict[str, Any]) -> "Table":
+    table = _table("", "memory", "all weights", "exact bytes", "a token reads", "KV a token")
+    table.caption = "every weight in that format; files keep some wider, such as norms and routers"
+    for form, size in found["weight_bytes"].items():
+        read, kv = found["weight_bytes_per_token"][form], found["kv_bytes_per_token"].get(form)
+        table.add_row(form, _bytes(size), f"{size:,}", _bytes(read), "" if kv is None else _bytes(kv))
+    return table
+
+
+def _table(title: str, *columns: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _bytes(size: int) -> str:
+    return _scaled(size, 1024, ["B", "KiB", "MiB", "GiB", "TiB"])
+
+
+def _scaled(number: float, step: int, units: list[str]) -> str:
+    """To four digits, in the largest unit that leaves at least one before the point."""
+    for unit in units:
+        if number < step or unit == units[-1]:
+            break
+        number /= step
+    return f"{number:,.4g} {unit}".strip()

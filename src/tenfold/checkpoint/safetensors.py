@@ -1,27 +1,188 @@
-"""Reading and writing a directory's safetensors files one tensor at a time.
+"""The safetensors format: files listed and read one tensor at a time, directories written.
 
-The library's own writer makes a second copy of a whole file in memory; the format is simple enough
-to stream: https://github.com/huggingface/safetensors#format
+The library maps files, so that their pages count as memory of ours, and its writer makes a second
+copy of a whole file; the format is simple enough to stream, and strict enough to check:
+https://github.com/huggingface/safetensors#format
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tenfold.checkpoint import read_object
-from tenfold.checkpoint.stored import Stored
+from tenfold.checkpoint.raw import RawTensor
 from tenfold.errors import TenfoldError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4_000_000_000
+MAX_HEADER_BYTES = 25_000_000
+"""A quarter of what the library allows, and 200,000 tensors: JSON takes twenty times its length to parse."""
+MAX_NAME, MAX_AXES = 1000, 64
+"""Far more than any tensor has, and few enough for arithmetic and messages."""
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""What is written."""
+
+READ_DTYPES = {name: dtype for dtype, name in DTYPES.items()} | {
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+
+
+class _Span(NamedTuple):
+    """One entry of a header: a tensor's place among the bytes that follow it."""
+
+    start: int
+    end: int
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def list_file(path: Path) -> dict[str, RawTensor]:
+    """Every tensor of a file, none of it read yet.
+
+    Raises TenfoldError for anything the format does not allow: bytes that no tensor or two tensors
+    claim, a shape and dtype that do not make a tensor's length, names that are there twice.
+    """
+    try:
+        with path.open("rb") as file:
+            spans, data = _read_header(file, path)
+    except OSError as error:
+        raise TenfoldError(f"{path}: cannot read it: {error.strerror or error}") from None
+    return {
+        span.name: RawTensor(span.name, path, span.dtype, span.shape, _reader(path, data + span.start, span))
+        for span in spans
+    }
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[list[_Span], int]:
+    """Entries in the order of their bytes, and where those begin in the file."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        _refuse(path, f"it has {size:,} bytes, fewer than its header takes")
+    if length > MAX_HEADER_BYTES:
+        _refuse(path, f"its header is of {length:,} bytes, more than {MAX_HEADER_BYTES:,}")
+    try:
+        header = _parse(file.read(length).decode())
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"its header is not JSON as the format has it ({error})")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _refuse(path, "__metadata__ in its header must hold nothing but texts")
+    spans = sorted(_span(path, name, entry) for name, entry in header.items())
+    _check_layout(path, spans, size - 8 - length)
+    return spans, 8 + length
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """JSON, without the liberties that Python's parser takes."""
+    if not text.startswith("{"):
+        raise ValueError("it does not begin with {")
+    header: dict[str, Any] = json.loads(
+        text, object_pairs_hook=_unique, parse_int=_size, parse_float=_no_number, parse_constant=_no_number
+    )
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name is there twice")
+    return fields
+
+
+def _size(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > 18:
+        _no_number(digits)
+    return int(digits)
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text[:20]} is no size")
+
+
+def _span(path: Path, name: str, entry: Any) -> _Span:
+    """An entry whose fields agree with each other."""
+    if not name.isprintable() or len(name) > MAX_NAME:
+        _refuse(path, f"a tensor's name does not print or is too long: {name!r:.50}")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        _refuse(path, f"tensor {name} must have dtype, shape and data_offsets in its header, and no more")
+    if entry["dtype"] not in list(READ_DTYPES):
+        _refuse(path, f"tensor {name} has dtype {entry['dtype']!r:.50}, not {', '.join(READ_DTYPES)}")
+    for field in ("shape", "data_offsets"):
+        sizes = entry[field]
+        if not isinstance(sizes, list) or len(sizes) > MAX_AXES or any(type(n) is not int for n in sizes):
+            _refuse(path, f"{field} of tensor {name} must be a list of at most {MAX_AXES} whole numbers")
+    if len(entry["data_offsets"]) != 2:
+        _refuse(path, f"data_offsets of tensor {name} must be two: its first byte and the one after its last")
+    (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
+    dtype = READ_DTYPES[entry["dtype"]]
+    if prod(max(1, size) for size in shape) * dtype.itemsize >= 2**63:
+        _refuse(path, f"tensor {name} of shape {shape} is larger than any")
+    if end - start != prod(shape) * dtype.itemsize:
+        _refuse(path, f"tensor {name} of shape {shape} and dtype {entry['dtype']} has {end - start:,} bytes")
+    return _Span(start, end, name, dtype, shape)
+
+
+def _check_layout(path: Path, spans: list[_Span], size: int) -> None:
+    """Every byte belongs to one tensor."""
+    at = 0
+    for span in spans:
+        if span.start != at:
+            found = "overlaps the tensor before it" if span.start < at else "leaves a hole before it"
+            _refuse(path, f"tensor {span.name} {found}: it starts at byte {span.start:,}, not {at:,}")
+        at = span.end
+    if at != size:
+        _refuse(path, f"its tensors take {at:,} bytes, and {size:,} are there")
+
+
+def _reader(path: Path, at: int, span: _Span) -> Callable[[int, int], Tensor]:
+    row_bytes = prod(span.shape[1:]) * span.dtype.itemsize
+
+    def read(start: int, stop: int) -> Tensor:
+        buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(at + start * row_bytes)
+                _fill(file, buffer, path)
+        except OSError as error:
+            raise TenfoldError(f"{path}: cannot read it: {error.strerror or error}") from None
+        rows = (stop - start,) if span.shape else ()
+        return buffer.view(span.dtype).view((*rows, *span.shape[1:]))
+
+    return read
+
+
+def _fill(file: Any, buffer: Tensor, path: Path) -> None:
+    left = buffer.numpy().data
+    while left:
+        count = file.readinto(left)
+        if not count:
+            _refuse(path, "it ends before its tensors do")
+        left = left[count:]
+
+
+def _refuse(path: Path, problem: str) -> NoReturn:
+    raise TenfoldError(f"{path}: not a whole safetensors file: {problem}")
 
 
 class Entry(NamedTuple):
@@ -35,43 +196,6 @@ class Entry(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return self.tensor.numel() * self.dtype.itemsize
-
-
-def list_tensors(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a model directory, none of it read yet."""
-    single = directory / SINGLE
-    if single.exists():
-        return _list_file(single)
-    if not (directory / INDEX).exists():
-        raise TenfoldError(f"{directory}: no weights there; expected {SINGLE} or {INDEX}")
-    owners = _read_index(directory)
-    tensors: dict[str, Stored] = {}
-    for path in sorted(set(owners.values())):
-        there = _list_file(path)
-        for name, owner in owners.items():
-            if owner == path and name not in there:
-                raise TenfoldError(f"{path}: tensor {name} is missing, though {INDEX} names it")
-        tensors |= {name: stored for name, stored in there.items() if owners.get(name) == path}
-    return tensors
-
-
-def _list_file(path: Path) -> dict[str, Stored]:
-    with _opened(path) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
-    return {name: Stored(name, path, shape, _reader(path, name)) for name, shape in shapes.items()}
-
-
-def _reader(path: Path, name: str) -> Callable[[int, int], Tensor]:
-    def read(start: int, stop: int) -> Tensor:
-        with _opened(path) as file:
-            tensor: Tensor = file.get_slice(name)[start:stop]
-        if tensor.dtype not in DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            given = str(tensor.dtype).removeprefix("torch.")
-            raise TenfoldError(f"{path}: tensor {name} is {given}, not {known}")
-        return tensor
-
-    return read
 
 
 def write_tensors(directory: Path, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -123,28 +247,3 @@ def _write_file(path: Path, entries: list[Entry]) -> None:
         for _, tensor, _, dtype in entries:
             flat = tensor.detach().to("cpu", dtype).contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; what is wrong with it becomes a TenfoldError that names it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise TenfoldError(f"{path}: not a whole safetensors file: {error}") from None
-    except OSError as error:
-        raise TenfoldError(f"{path}: cannot read it: {error.strerror or error}") from None
-
-
-def _read_index(directory: Path) -> dict[str, Path]:
-    path = directory / INDEX
-    weight_map = read_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise TenfoldError(f"{path}: field weight_map must map tensor names to files")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise TenfoldError(f"{path}: tensor {name} must name a file beside it, not {file!r}")
-        if not (directory / file).is_file():
-            raise TenfoldError(f"{path}: tensor {name} is in {file}, which is not there")
-    return {name: directory / file for name, file in weight_map.items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ class Slot:
     view: Callable[["Tensor"], "Tensor"] = _whole
     """From the model's tensor to a view that shares its memory and has the file's layout."""
     merged: int | None = None
-    """The first of two neighbouring axes of that view that the file holds as one."""
+    """The first of the neighbouring axes of that view that the file holds as one."""
+    merged_axes: int = 2
+    """How many those are."""
     is_copy: bool = False
     """Written for other engines, and not needed when read: the model holds it once already."""
 
@@ -32,8 +35,8 @@ class Slot:
         """The file's shape of that view."""
         if self.merged is None:
             return tuple(view.shape)
-        at = self.merged
-        return (*view.shape[:at], view.shape[at] * view.shape[at + 1], *view.shape[at + 2 :])
+        at, end = self.merged, self.merged + self.merged_axes
+        return (*view.shape[:at], prod(view.shape[at:end]), *view.shape[end:])
 
 
 SlotMap = dict[str, Slot]

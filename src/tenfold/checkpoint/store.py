@@ -8,64 +8,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.checkpoint import read_config, safetensors
+from tenfold.checkpoint import load_config, safetensors
 from tenfold.checkpoint.families import Family, family_for
-from tenfold.checkpoint.slot import Slot, SlotMap
+from tenfold.checkpoint.opening import Checkpoint, open_checkpoint
+from tenfold.checkpoint.slot import Slot
 from tenfold.checkpoint.stored import Stored
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.files import new_folder, write_json
+from tenfold.hub import resolve
+from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
+from tenfold.switch_config import AnyConfig, SwitchConfig, decoder_only
 from tenfold.tokenizer import Tokenizer
+
+Model = Transformer | SwitchTransformer
+MAX_PARAMS = 1 << 60
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Transformer:
-    """The model in a directory, in eval mode. Router biases stay float32 whatever `dtype` is.
+    path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Model:
+    """The model in a directory, a GGUF file or of a hub id, in eval mode.
 
-    Raises TenfoldError naming the file and tensor for anything missing, left over or misshapen.
+    Router biases stay float32 whatever `dtype` is. Raises TenfoldError naming the file and tensor for
+    anything missing, left over or misshapen.
     """
-    directory = Path(path)
-    family, config = read_config(directory / "config.json")
-    tensors = safetensors.list_tensors(directory)
-    config = family.present(config, tensors)
-    slots = family.tensor_map(config)
-    for name in set(tensors) - set(slots):
-        if family.is_redundant(config, name):
-            del tensors[name]
-    _check_names(f"the {family.architecture} of {directory / 'config.json'}", slots, tensors)
-    model = _empty(config, dtype, device)
-    _fill(model, slots, tensors)
-    return model.eval()
-
-
-def _check_names(source: str, slots: SlotMap, tensors: dict[str, Stored]) -> None:
-    for name, slot in slots.items():
-        if name not in tensors and not slot.is_copy:
-            raise TenfoldError(f"tensor {name} is missing, which {source} calls for")
-    for name, stored in tensors.items():
-        if name not in slots:
-            raise TenfoldError(f"{stored.file}: tensor {name} has no place in {source}")
-
-
-def _empty(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Transformer:
-    """Allocated and not filled: the meta device spares the time of a random initialization."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    checkpoint = open_checkpoint(resolve(path_or_id))
+    model = _unallocated(checkpoint)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
-    if config.tie_word_embeddings:  # to_empty allocates a shared parameter twice
-        model.lm_head.weight = model.embed_tokens.weight
+    model.tie_weights()  # to_empty allocates a shared parameter twice
+    _fill(model, checkpoint)
+    return model.eval()
+
+
+def load_decoder_only(path: Path) -> Transformer:
+    """The model in a directory, for what works on no encoder-decoder: one is a TenfoldError."""
+    decoder_only(load_config(path), str(path))
+    model = load_model(path)
+    assert isinstance(model, Transformer)
     return model
 
 
-def _fill(model: Transformer, slots: SlotMap, tensors: dict[str, Stored]) -> None:
+def new_model(config: AnyConfig) -> Model:
+    return SwitchTransformer(config) if isinstance(config, SwitchConfig) else Transformer(config)
+
+
+def _unallocated(checkpoint: Checkpoint) -> Model:
+    """On the meta device, which spares a random initialization and lets all shapes be checked before
+    a config that claims more than there is can ask for the memory."""
+    count = checkpoint.config.num_params()
+    if count > MAX_PARAMS:
+        raise TenfoldError(f"{checkpoint.source} has {count:,} parameters, more than any machine can hold")
+    with torch.device("meta"):
+        model = new_model(checkpoint.config)
+    ours = _own_tensors(model)
+    for name, stored in checkpoint.tensors.items():
+        slot = checkpoint.slots[name]
+        shape = slot.shape(slot.view(ours[slot.name]))
+        if stored.shape != shape and not slot.is_copy:
+            raise TenfoldError(
+                f"{stored.file}: tensor {name} has shape {stored.shape}, not {shape} as its config says"
+            )
+    return model
+
+
+def _fill(model: Model, checkpoint: Checkpoint) -> None:
     ours = _own_tensors(model)
     filled: Counter[str] = Counter()
-    for name, stored in tensors.items():
-        slot = slots[name]
+    for name, stored in checkpoint.tensors.items():
+        slot = checkpoint.slots[name]
         if not slot.is_copy:
             target = slot.view(ours[slot.name])
             _copy(stored, slot, target)
@@ -77,11 +91,6 @@ def _fill(model: Transformer, slots: SlotMap, tensors: dict[str, Stored]) -> Non
 
 def _copy(stored: Stored, slot: Slot, target: Tensor) -> None:
     """Into a view of the model's tensor, a few rows at a time where the file has the same first axis."""
-    if stored.shape != slot.shape(target):
-        raise TenfoldError(
-            f"{stored.file}: tensor {stored.name} has shape {stored.shape},"
-            f" not {slot.shape(target)} as its config says"
-        )
     if slot.merged == 0:
         target.copy_(stored.whole().view(target.shape))
         return
@@ -89,16 +98,14 @@ def _copy(stored: Stored, slot: Slot, target: Tensor) -> None:
         target[rows].copy_(piece.view(target[rows].shape))
 
 
-def _own_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Parameters and buffers by name, a tied head left out."""
-    tensors: dict[str, Tensor] = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    return tensors
+def _own_tensors(model: Model) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those that share a tensor once."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach() for name, tensor in named}
 
 
 def save_model(
-    model: Transformer,
+    model: Model,
     directory: str | Path,
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
@@ -111,7 +118,7 @@ def save_model(
     """
     directory = Path(directory)
     family = family_for(model.config)
-    dtype = dtype or model.embed_tokens.weight.dtype
+    dtype = dtype or model.lm_head.weight.dtype
     if dtype not in safetensors.DTYPES:
         raise TenfoldError(f"cannot save as {dtype}, only {', '.join(map(str, safetensors.DTYPES))}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -125,7 +132,7 @@ def save_model(
     return family
 
 
-def _entries(model: Transformer, family: Family, dtype: torch.dtype) -> Iterator[safetensors.Entry]:
+def _entries(model: Model, family: Family, dtype: torch.dtype) -> Iterator[safetensors.Entry]:
     tensors = _own_tensors(model)
     buffers = dict(model.named_buffers())
     for name, slot in family.tensor_map(model.config).items():
@@ -134,14 +141,16 @@ def _entries(model: Transformer, family: Family, dtype: torch.dtype) -> Iterator
         yield safetensors.Entry(name, view, slot.shape(view), saved_as)
 
 
-def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: AnyConfig) -> None:
     """Files from which transformers.AutoTokenizer makes the same tokenizer."""
     if tokenizer.vocab_size > config.vocab_size:
         raise TenfoldError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's"
             f" vocab_size {config.vocab_size}"
         )
-    settings: dict[str, Any] = {"model_max_length": config.max_position_embeddings}
+    settings: dict[str, Any] = {}
+    if isinstance(config, ModelConfig):
+        settings["model_max_length"] = config.max_position_embeddings
     if config.eos_token_ids:
         eos = tokenizer.raw.id_to_token(config.eos_token_ids[0])
         if eos is None:

@@ -1,10 +1,15 @@
-"""A tensor as a file holds it, not read yet: what every reader (safetensors, GGUF) hands to the loader."""
+"""A tensor as a file holds it, not read yet: what every reader (safetensors, GGUF) hands to the loader.
+
+No torch is imported here: a file's header can be read without it.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK_BYTES = 64 << 20
 """How much of a tensor is in memory at once while it is read, counted in float32."""
@@ -17,13 +22,13 @@ class Stored:
     name: str
     file: Path
     shape: tuple[int, ...]
-    read: Callable[[int, int], Tensor]
+    read: Callable[[int, int], "Tensor"]
     """Rows [start, stop) of the first axis, in a floating dtype, on the CPU, in memory of their own."""
 
-    def whole(self) -> Tensor:
+    def whole(self) -> "Tensor":
         return self.read(0, self.shape[0])
 
-    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+    def pieces(self) -> Iterator[tuple[slice, "Tensor"]]:
         """All rows in order, a few at a time, so that little more than the result is ever in memory."""
         row_bytes = 4
         for size in self.shape[1:]:

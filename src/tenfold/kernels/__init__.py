@@ -4,8 +4,9 @@
             gate_up_bias, down_bias) -> out_TD
 
 `gate_up (E, 2F, D)`, `down (E, D, F)` and the biases, `(E, 2F)` and `(E, D)` or None, are stacked
-over experts. An expert id of -1 is an empty
-slot: a dropped token (Switch) or a place no expert took (expert choice). It adds nothing.
+over experts. An activation without a gate (`relu`) takes `(E, F, D)` for `gate_up`, and biases to match.
+An expert id of -1 is an empty slot: a dropped token (Switch) or a place no expert took (expert choice).
+It adds nothing.
 
 Shape suffixes, the one legend of the project: `B` batch, `S` sequence, `T` tokens (B*S), `D` model
 width, `H` heads, `F` expert width, `E` experts, `K` experts per token, `V` vocabulary. A lower-case
@@ -39,7 +40,11 @@ def clamped_swiglu(gate_up: Tensor) -> Tensor:
     return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": swiglu, "clamped_swiglu": clamped_swiglu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": swiglu,
+    "clamped_swiglu": clamped_swiglu,
+    "relu": F.relu,
+}
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

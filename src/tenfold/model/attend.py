@@ -23,7 +23,7 @@ def attend(
     """Attention of the last S positions over all T. Returns (B, H, S, value width).
 
     query is (B, H, S, d), key (B, H_kv, T, d), value (B, H_kv, T, value width). `mask` is as
-    `visible` makes it; None is causal.
+    `visible` makes it, or a bias to add to the scores, (B, H, S, T); None is causal.
     """
     new, total = query.shape[2], key.shape[2]
     in_bf16_on_cpu = query.dtype == torch.bfloat16 and query.device.type == "cpu"
@@ -68,7 +68,7 @@ def _block(
     heads, new = query.shape[1], query.shape[2]
     stacked = (query * scale).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     scores = (stacked @ key.mT).unflatten(2, (-1, new)).flatten(1, 2)
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
     if sinks_H is not None:
         sinks = sinks_H[:, None, None].to(scores.dtype).expand(len(scores), heads, new, 1)
         probs = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]

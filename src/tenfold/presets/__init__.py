@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from tenfold.checkpoint import read_config
-from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError, nearest
+from tenfold.switch_config import AnyConfig
 
 _HERE = Path(__file__).parent
 
@@ -13,7 +13,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in _HERE.glob("*.json"))
 
 
-def load_preset(name: str) -> ModelConfig:
+def load_preset(name: str) -> AnyConfig:
     """The config of a preset; an unknown name is a TenfoldError that lists the known ones."""
     names = preset_names()
     if name not in names:

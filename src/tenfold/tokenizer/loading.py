@@ -5,6 +5,7 @@ from pathlib import Path
 import tokenizers
 
 from tenfold.errors import TenfoldError
+from tenfold.hub import resolve
 from tenfold.tokenizer.bpe import END_OF_TEXT
 from tenfold.tokenizer.gguf import tokenizer_from_gguf
 from tenfold.tokenizer.sentencepiece import sentencepiece_tokenizer
@@ -29,15 +30,15 @@ def tokenizer_file(path: Path) -> Path:
     return found[0]
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder, a tokenizer.json, a tokenizer.model (SentencePiece) or a .gguf file.
+def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
+    """The tokenizer of a model's folder or hub id, a tokenizer.json, a SentencePiece model or a .gguf file.
 
     Special tokens, the chat template and the tokens that end a text are what the files beside it say
     (tokenizer_config.json and its kin), or the GGUF's keys. Where no eos_token is named it is
     `<|endoftext|>`, if the vocabulary has that. Raises TenfoldError naming the file that is missing or
     corrupt.
     """
-    file = tokenizer_file(Path(path))
+    file = tokenizer_file(resolve(path_or_id, "tokenizer"))
     if file.suffix == ".gguf":
         from tenfold.checkpoint.gguf.reader import open_gguf
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, NonNegativeInt, ValidationError
 
 from tenfold.chat_template import ChatTemplate
-from tenfold.config import first_problem
 from tenfold.errors import TenfoldError
 from tenfold.files import read_json
+from tenfold.parsed import first_problem
 
 
 def _content(value: Any) -> Any:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.presets import load_preset
+from tenfold.switch_config import decoder_only
 
 _OVERRIDES: dict[str, Any] = {
     name: (field.annotation | None, Field(None, description=field.description))  # type: ignore[operator]
@@ -103,7 +104,7 @@ class TrainSettings(BaseModel):
 
 def resolve_config(settings: TrainSettings) -> ModelConfig:
     """The preset with the run's overrides. Raises TenfoldError naming the field that is wrong."""
-    preset = load_preset(settings.preset).model_dump()
+    preset = decoder_only(load_preset(settings.preset), f"preset {settings.preset}").model_dump()
     changes = settings.model.model_dump(exclude_none=True)
     config = ModelConfig.parse(preset | changes, "model")
     if settings.seq_len > config.max_position_embeddings:

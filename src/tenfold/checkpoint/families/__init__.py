@@ -17,8 +17,10 @@ from tenfold.checkpoint.families.olmoe import OLMOE
 from tenfold.checkpoint.families.qwen2_moe import QWEN2_MOE
 from tenfold.checkpoint.families.qwen3 import QWEN3
 from tenfold.checkpoint.families.qwen3_moe import QWEN3_MOE
+from tenfold.checkpoint.families.switch import SWITCH
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError, nearest
+from tenfold.switch_config import AnyConfig, SwitchConfig
 
 __all__ = ["FAMILIES", "NATIVE", "Family", "family_for", "family_of", "why_native"]
 
@@ -35,6 +37,7 @@ FAMILIES = (
     GLM4_MOE,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    SWITCH,
     NATIVE,
 )
 """In order of preference for a config that names none; the last takes everything."""
@@ -42,8 +45,10 @@ FAMILIES = (
 _BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
 
 
-def family_for(config: ModelConfig) -> Family:
+def family_for(config: AnyConfig) -> Family:
     """The family `config.model_type` names if it can hold the config, else the first that can."""
+    if isinstance(config, SwitchConfig):
+        return SWITCH
     if config.model_type is not None:
         if config.model_type not in _BY_MODEL_TYPE:
             raise TenfoldError(_unknown("model_type", config.model_type))

@@ -4,9 +4,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 
+from tenfold.checkpoint.quantization_config import weight_block_size
 from tenfold.checkpoint.slot import Slot, SlotMap, part
 from tenfold.config import ModelConfig, RopeScaling
 from tenfold.errors import TenfoldError
+from tenfold.switch_config import AnyConfig
 
 Sparse = Callable[[ModelConfig, str], SlotMap]
 """The tensors of a sparse layer whose Hugging Face prefix is given."""
@@ -116,13 +118,16 @@ def is_redundant(config: ModelConfig, name: str) -> bool:
     return tied_head or name.endswith("rotary_emb.inv_freq")
 
 
-def as_it_is(config: ModelConfig, _: Collection[str]) -> ModelConfig:
+def as_it_is(config: AnyConfig, _: Collection[str]) -> AnyConfig:
     return config
 
 
 @dataclass(frozen=True)
 class Family:
-    """One published architecture: which configs it can hold, and how it writes them down."""
+    """One published architecture: which configs it can hold, and how it writes them down.
+
+    Functions take the family's own kind of config, a ModelConfig but for encoder-decoders.
+    """
 
     model_type: str
     architecture: str
@@ -130,13 +135,13 @@ class Family:
     """Config fields that it has beyond `SHARED`; all others must be at their defaults."""
     suits: Callable[[ModelConfig], bool]
     """What those fields must add up to."""
-    to_hf: Callable[[ModelConfig], dict[str, Any]]
+    to_hf: Callable[[Any], dict[str, Any]]
     """The contents of config.json."""
-    from_hf: Callable[[dict[str, Any], str], ModelConfig]
+    from_hf: Callable[[dict[str, Any], str], AnyConfig]
     """The reverse; a TenfoldError names the source and what tenfold does not model."""
-    tensor_map: Callable[[ModelConfig], SlotMap] = tensor_map
-    is_redundant: Callable[[ModelConfig, str], bool] = is_redundant
-    present: Callable[[ModelConfig, Collection[str]], ModelConfig] = as_it_is
+    tensor_map: Callable[[Any], SlotMap] = tensor_map
+    is_redundant: Callable[[Any, str], bool] = is_redundant
+    present: Callable[[Any, Collection[str]], AnyConfig] = as_it_is
     """The config less the optional modules that these tensor names leave out."""
 
     def fits(self, config: ModelConfig) -> bool:
@@ -259,7 +264,7 @@ class HfReader:
         self.raw = raw
         self.source = source
         self.only("hidden_act", "silu")
-        self.only("quantization_config")
+        weight_block_size(raw, source)  # refuses other ways to quantise
         self.rope = {**self._rope_dict("rope_parameters"), **self._rope_dict("rope_scaling")}
 
     def fail(self, name: str, accepted: str) -> NoReturn:

@@ -1,0 +1,54 @@
+"""A model on disk, found and described but not read: what `load_model` fills a model from."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from tenfold.checkpoint import read_config, weights
+from tenfold.checkpoint.gguf.architectures import gguf_config
+from tenfold.checkpoint.gguf.reader import open_gguf
+from tenfold.checkpoint.gguf.slots import READ_BY_CONFIG, gguf_slots
+from tenfold.checkpoint.slot import SlotMap
+from tenfold.checkpoint.stored import Stored
+from tenfold.errors import TenfoldError
+from tenfold.switch_config import AnyConfig
+
+
+class Checkpoint(NamedTuple):
+    """A model on disk, none of its weights read yet: every tensor has a slot, every slot its tensor."""
+
+    config: AnyConfig
+    slots: SlotMap
+    tensors: dict[str, Stored]
+    source: str
+    """What calls for those slots, in words."""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A directory or a GGUF file. Raises TenfoldError naming a tensor that is missing or left over."""
+    checkpoint = _open_gguf(path) if path.suffix == ".gguf" else _open_directory(path)
+    for name, slot in checkpoint.slots.items():
+        if name not in checkpoint.tensors and not slot.is_copy:
+            raise TenfoldError(f"tensor {name} is missing, which {checkpoint.source} calls for")
+    for name, stored in checkpoint.tensors.items():
+        if name not in checkpoint.slots:
+            raise TenfoldError(f"{stored.file}: tensor {name} has no place in {checkpoint.source}")
+    return checkpoint
+
+
+def _open_directory(directory: Path) -> Checkpoint:
+    family, config = read_config(directory / "config.json")
+    tensors = weights.list_tensors(directory)
+    config = family.present(config, tensors)
+    slots = family.tensor_map(config)
+    for name in set(tensors) - set(slots):
+        if family.is_redundant(config, name):
+            del tensors[name]
+    return Checkpoint(config, slots, tensors, f"the {family.architecture} of {directory / 'config.json'}")
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = open_gguf(path)
+    config = gguf_config(file.metadata, file.tensors, str(path))
+    tensors = {name: stored for name, stored in file.tensors.items() if name not in READ_BY_CONFIG}
+    architecture = file.metadata["general.architecture"]
+    return Checkpoint(config, gguf_slots(config, tensors), tensors, f"the {architecture} of {path}")

@@ -1,0 +1,110 @@
+"""`tenfold inspect`: numbers for machines under stable names, tables for people, at once."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cli import run
+
+from tenfold.counting import BITS_PER_WEIGHT
+from tenfold.inspection import _scaled, inspect
+from tenfold.presets import preset_names
+
+STABLE = {
+    "architecture", "total_params", "active_params", "active_params_without_input_embedding",
+    "active_fraction", "embedding_params", "lm_head_params", "attention_params", "norm_params",
+    "dense_mlp_params", "shared_expert_params", "router_params", "expert_params", "bias_params", "mtp_params",
+    "experts", "experts_per_token", "context", "flops_per_token", "weights_per_token",
+    "weights_per_token_fraction", "weight_bytes", "weight_bytes_per_token", "kv_bytes_per_token",
+}  # fmt: skip
+PARTS = [
+    "embedding",
+    "lm_head",
+    "attention",
+    "norm",
+    "dense_mlp",
+    "shared_expert",
+    "router",
+    "expert",
+    "bias",
+]
+
+
+def test_json_has_the_stable_names(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "inspect", "mixtral-8x7b", "--context", 100, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found.keys() == STABLE
+    assert found["total_params"] == 46_702_792_704
+    assert found["weights_per_token"] == 12_748_853_248 + 4096  # one row of the embedding
+    assert found["kv_bytes_per_token"]["bfloat16"] == 32 * 2 * 8 * 128 * 2
+    assert found["context"] == 100
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_parts_add_up(name: str) -> None:
+    found = inspect(name, 4096)
+    assert sum(found[f"{part}_params"] for part in PARTS) == found["total_params"]
+    assert found["weight_bytes"]["bfloat16"] == 2 * found["total_params"]
+    assert found["weight_bytes_per_token"]["bfloat16"] == 2 * found["weights_per_token"]
+
+
+@pytest.mark.parametrize(("form", "kind"), [("q8", "Q8_0"), ("q4", "Q4_0"), ("mxfp4", "MXFP4")])
+def test_bits_of_blocks_are_ggmls(form: str, kind: str) -> None:
+    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    assert BITS_PER_WEIGHT[form] == 8 * size / weights
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    status, out, _ = run(capsys, "inspect", name)
+    assert status == 0
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80
+    assert f"{inspect(name, 4096)['total_params']:,}" in out
+
+
+def test_tables_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "inspect", "mixtral-8x7b")
+    rows = {line.strip().partition("  ")[0]: line.split()[-3:] for line in out.splitlines() if line.strip()}
+    assert rows["total"] == ["46.7", "B", "46,702,792,704"]
+    assert rows["active, without it"] == ["12.75", "B", "12,748,853,248"]
+    assert rows["weights it touches"][-2:] == ["27.3%", "12,748,857,344"]
+    assert "86.99 GiB" in out and "128 KiB" in out
+    assert "shared experts" not in out and "biases" not in out
+
+
+@given(st.integers(0, 10**15))
+def test_units_keep_four_digits(number: int) -> None:
+    text, _, unit = _scaled(number, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]).partition(" ")
+    size = 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
+    assert float(text.replace(",", "")) * size == pytest.approx(number, rel=5e-4)
+
+
+def test_the_largest_answers_at_once_and_without_torch() -> None:
+    code = (
+        "import sys; from tenfold.cli import main; sys.argv = ['tenfold', 'inspect', 'switch-c-2048'];"
+        "main(); assert 'torch' not in sys.modules"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert time.monotonic() - start < 2
+    assert done.returncode == 0, done.stderr
+    assert "1,571,308,972,448" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mixtral-8x7", "did you mean mixtral-8x7b"),
+        ("no/such/directory", "no/such/directory: no such file or directory"),
+        ("some/model", "HF_HUB_OFFLINE"),
+    ],
+)
+def test_what_is_not_there(capsys: pytest.CaptureFixture[str], name: str, words: str) -> None:
+    status, _, err = run(capsys, "inspect", name)
+    assert status == 2 and words in err and err.count("\n") == 1
