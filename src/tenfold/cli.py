@@ -128,9 +128,9 @@ def generate(
     prompt
         text to go on from
     """
-    from tenfold.engine.llm import Generation, load_model_and_tokenizer
+    from tenfold.engine.llm import load_generation
 
-    _print_generation(Generation(*load_model_and_tokenizer(model), prompt, params), json)
+    _print_generation(load_generation(model, prompt, params), json)
 
 
 @app.command

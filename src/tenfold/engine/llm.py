@@ -144,3 +144,8 @@ def load_model_and_tokenizer(path_or_id: str | Path) -> tuple[Model, Tokenizer]:
             f" vocab_size {model.config.vocab_size}"
         )
     return model, tokenizer
+
+
+def load_generation(path_or_id: str | Path, prompt: str, params: SamplingParams) -> Generation:
+    """A generation with the model and tokenizer of a directory, a .gguf file or a hub id."""
+    return Generation(*load_model_and_tokenizer(path_or_id), prompt, params)
