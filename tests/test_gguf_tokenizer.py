@@ -183,6 +183,13 @@ def test_what_the_file_leaves_open_is_as_in_llama_cpp() -> None:
     assert len(adds["qwen2"]) == 1 and len(adds["llama-bpe"]) == 2
 
 
+def test_llamas_words_that_are_tokens_need_no_merges() -> None:
+    tokens = ["a", "b", "c", "abc"]
+    for pre, ids in (("llama-bpe", [3]), ("gpt-2", [0, 1, 2])):
+        metadata = {KEY + "model": "gpt2", KEY + "pre": pre, KEY + "tokens": tokens, KEY + "merges": []}
+        assert tokenizer_from_gguf(metadata, "x.gguf").encode("abc") == ids
+
+
 def test_special_tokens_and_templates() -> None:
     count = len(byte_level()[KEY + "tokens"])
     template = {"tokenizer.chat_template": "{{ bos_token }}", "tokenizer.chat_template.tool_use": "tools"}
@@ -247,7 +254,7 @@ VALUES = st.none() | st.booleans() | st.integers(-9, 500) | st.floats() | st.tex
 def test_any_metadata_loads_or_is_refused(metadata: dict[str, Any], data: st.DataObject) -> None:
     metadata = dict(metadata)
     for name in data.draw(st.lists(st.sampled_from(sorted(metadata)), min_size=1, max_size=2)):
-        if isinstance(metadata[name], list) and data.draw(st.booleans()):
+        if isinstance(metadata[name], list) and metadata[name] and data.draw(st.booleans()):
             at = data.draw(st.integers(0, len(metadata[name]) - 1))
             metadata[name] = [*metadata[name][:at], data.draw(VALUES), *metadata[name][at + 1 :]]
         else:

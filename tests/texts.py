@@ -2,7 +2,7 @@
 
 TEXTS = [
     "",
-    "Hello world",
+    "Hello world, the cat sat on the mat",
     "I'll WE'RE don't HelloWorld fooBAR",
     "naïve café ☕ 🙂👩\u200d👩\u200d👧 e\u0301 ﬁ①",
     "日本語 한국어 中文 ქართული ру́сский",

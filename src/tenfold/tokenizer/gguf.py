@@ -65,7 +65,7 @@ class _Keys:
 
     def get(self, name: str, kind: type | tuple[type, ...], wanted: str) -> Any:
         value = self.metadata.get(f"tokenizer.ggml.{name}")
-        if value is not None and not isinstance(value, kind):
+        if value is not None and not _is(value, kind):
             raise TenfoldError(
                 f"{self.source}: tokenizer.ggml.{name} must be {wanted}, not {str(value)[:60]}"
             )
@@ -81,7 +81,7 @@ class _Keys:
     def array(self, name: str, kind: type | tuple[type, ...], wanted: str) -> list[Any]:
         values: list[Any] = self._needed(name, self.get(name, list, f"an array of {wanted}"))
         for value in values:
-            if not isinstance(value, kind):
+            if not _is(value, kind):
                 raise TenfoldError(f"{self.source}: tokenizer.ggml.{name} holds {value!r}, not {wanted}")
         return values
 
@@ -149,6 +149,11 @@ class _Keys:
             if (name == TEMPLATE or name.startswith(TEMPLATE + ".")) and isinstance(value, str)
         }
         return ChatTemplate(templates, self.source) if templates else None
+
+
+def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+    """As isinstance, but a bool is no number."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _byte_level(keys: _Keys) -> Tokenizer:
