@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from test_switch import build, generated_by_transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from tenfold import tokenizer as tenfold_tokenizer
 from tenfold.checkpoint import save_model
 from tenfold.cli import main
 from tenfold.engine.encoder_decoder import GrowingKVCache, generate_tokens
-from tenfold.engine.llm import Generation, load_generation
+from tenfold.engine.llm import Generation, load_model_and_tokenizer
 from tenfold.errors import TenfoldError
 from tenfold.sampling import SamplingParams
 from tenfold.tokenizer import load_tokenizer
@@ -28,7 +29,9 @@ def saved(tmp_path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", "<extra_id_1>", "<extra_id_0>"])
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    save_model(build(vocab_size=len(words), eos_token_id=1), tmp_path / "m", tokenizer)
+    save_model(
+        build(vocab_size=len(words), eos_token_id=1), tmp_path / "m", tenfold_tokenizer.Tokenizer(tokenizer)
+    )
     return tmp_path / "m"
 
 
@@ -58,7 +61,7 @@ def test_generate_fills_spans(
 def test_sentinels_are_text(saved: Path) -> None:
     """A model that says the sentinel shows it; the end of the text is not shown."""
     params = SamplingParams(temperature=0, max_tokens=5)
-    generation = load_generation(saved, "a <extra_id_0>", params)
+    generation = Generation(*load_model_and_tokenizer(saved), "a <extra_id_0>", params)
     head = generation.model.lm_head
     script = iter([10, 7, 9, 6, 1])
     head.forward = lambda _: F.one_hot(torch.tensor(next(script)), 11).float()
