@@ -206,7 +206,7 @@ def test_what_another_program_cached_file_by_file_serves_offline(hub: Hub) -> No
 def test_a_hub_id_serves_wherever_a_path_does(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = train_bpe(iter(["some text"]), 300)
+    tokenizer = Tokenizer(train_bpe(iter(["some text"]), 300))
     config = ModelConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
     save_model(Transformer(config), tmp_path / "tiny", Tokenizer(tokenizer))
     files = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
