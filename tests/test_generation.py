@@ -12,7 +12,7 @@ from tenfold.engine.sampler import Sampler
 from tenfold.errors import TenfoldError
 from tenfold.model.transformer import Transformer
 from tenfold.sampling import SamplingParams
-from tenfold.tokenizer import Tokenizer, train_bpe
+from tenfold.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 SPARSE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
@@ -111,7 +111,8 @@ def test_whatever_the_filters_the_likeliest_stays(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(train_bpe(iter(["the cat sat on the mat", "café ☕ naïve"]), 300), 0)
+    raw = train_bpe(iter(["the cat sat on the mat", "café ☕ naïve"]), 300)
+    return Tokenizer(raw, {"eos_token": END_OF_TEXT})
 
 
 class Scripted(torch.nn.Module):
@@ -162,8 +163,8 @@ def test_a_stop_string_that_ends_inside_a_character_is_not_begun(tokenizer: Toke
 
 
 def test_the_context_running_out_is_no_stop(tokenizer: Tokenizer) -> None:
-    model = model_of(eos_token_id=None)
-    generation = Generation(model, tokenizer, "the cat", SamplingParams(max_tokens=500, seed=0)).finish()
+    model, endless = model_of(eos_token_id=None), Tokenizer(tokenizer.raw)
+    generation = Generation(model, endless, "the cat", SamplingParams(max_tokens=500, seed=0)).finish()
     assert generation.finish_reason == "length"
     assert len(generation.tokens) + len(generation.prompt_ids) == 64
 

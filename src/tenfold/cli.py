@@ -4,7 +4,7 @@ import json as json_
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -16,6 +16,9 @@ from tenfold.parsed import first_problem
 # Settings are classes whose annotations the parser reads: importing them must stay cheap.
 from tenfold.sampling import SamplingParams
 from tenfold.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from tenfold.engine.llm import Generation
 
 app = App(
     name="tenfold",
@@ -125,16 +128,44 @@ def generate(
     prompt
         text to go on from
     """
-    from tenfold.engine.llm import load_generation
+    from tenfold.engine.llm import Generation, load_model_and_tokenizer
 
-    generation = load_generation(model, prompt, params)
-    if json:
-        generation.finish()
-        print(json_.dumps(generation.summary(), ensure_ascii=False))
-        return
-    for piece in generation:
-        print(piece, end="", flush=True)
-    print()
+    _print_generation(Generation(*load_model_and_tokenizer(model), prompt, params), json)
+
+
+@app.command
+def chat(
+    model: str,
+    /,
+    *,
+    system: str | None = None,
+    message: str | None = None,
+    params: Annotated[SamplingParams, Flat] = SamplingParams(),  # noqa: B008
+    json: Json = False,
+) -> None:
+    """Talk with a model that was trained to chat.
+
+    Answers are written as they come; Ctrl-C stops one. /reset begins anew, /exit or Ctrl-D ends.
+
+    Parameters
+    ----------
+    model
+        directory of a model, a GGUF file, or its id on the Hugging Face hub
+    system
+        what the model is told before the conversation
+    message
+        say this, print the answer and end
+    """
+    from tenfold.chat import Chat, talk
+    from tenfold.engine.llm import load_model_and_tokenizer
+
+    if json and message is None:
+        raise TenfoldError("--json needs --message: a conversation is no single object")
+    conversation = Chat(*load_model_and_tokenizer(model), params, system, model)
+    if message is None:
+        talk(conversation)
+    else:
+        _print_generation(conversation.answer(message), json)
 
 
 @app.command
@@ -158,6 +189,15 @@ def inspect(model: str, /, *, context: Context = 4096, json: Json = False) -> No
     from rich.console import Console
 
     Console().print(*tables(found, model), sep="")
+
+
+def _print_generation(generation: "Generation", json: bool) -> None:
+    if json:
+        print(json_.dumps(generation.finish().summary(), ensure_ascii=False))
+        return
+    for piece in generation:
+        print(piece, end="", flush=True)
+    print()
 
 
 def _print_report(report: dict[str, Any], out: Path, json: bool) -> None:

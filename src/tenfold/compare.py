@@ -150,7 +150,7 @@ def _measure(results: dict[str, Result], data: TokenData, seq_len: int) -> dict[
         results[name]["decode_tokens_per_second"] = speeds[name]
     experts = specialization.measure(models["sparse"], data, seq_len)
     size = min(SAMPLE_PROMPT_TOKENS, models["sparse"].config.max_position_embeddings // 2)
-    opening = data.tokenizer.decode(data.valid[:size].tolist())
+    opening = data.valid[:size].tolist()
     params = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=0)
     sample = Generation(models["sparse"], data.tokenizer, opening, params)
     sample.finish()
@@ -162,5 +162,5 @@ def _measure(results: dict[str, Result], data: TokenData, seq_len: int) -> dict[
             "preference": experts.preference,
             "strongest": [experts.strongest(i) for i in range(len(experts.layers))],
         },
-        "sample": {"prompt": opening, "text": sample.text},
+        "sample": {"prompt": data.tokenizer.decode(opening), "text": sample.text},
     }

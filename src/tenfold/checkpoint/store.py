@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from tenfold.checkpoint import load_config, safetensors
@@ -21,6 +20,7 @@ from tenfold.hub import resolve
 from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
 from tenfold.switch_config import AnyConfig, SwitchConfig, decoder_only
+from tenfold.tokenizer import Tokenizer
 
 Model = Transformer | SwitchTransformer
 MAX_PARAMS = 1 << 60
@@ -143,21 +143,17 @@ def _entries(model: Model, family: Family, dtype: torch.dtype) -> Iterator[safet
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: AnyConfig) -> None:
     """Files from which transformers.AutoTokenizer makes the same tokenizer."""
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise TenfoldError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, more than the model's"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's"
             f" vocab_size {config.vocab_size}"
         )
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
+    settings: dict[str, Any] = {}
     if isinstance(config, ModelConfig):
         settings["model_max_length"] = config.max_position_embeddings
     if config.eos_token_ids:
-        eos = tokenizer.id_to_token(config.eos_token_ids[0])
+        eos = tokenizer.raw.id_to_token(config.eos_token_ids[0])
         if eos is None:
             raise TenfoldError(f"the tokenizer has no token of eos_token_id {config.eos_token_ids[0]}")
         settings["eos_token"] = eos
-    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    write_json(directory / "tokenizer_config.json", settings)
+    tokenizer.save(directory, **settings)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from tenfold.checkpoint import load_model
 from tenfold.checkpoint.store import Model
@@ -17,15 +16,17 @@ from tenfold.hub import resolve
 from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
 from tenfold.sampling import SamplingParams
-from tenfold.tokenizer import Tokenizer, load_tokenizer
+from tenfold.tokenizer import TextStream, Tokenizer, load_tokenizer
 
 
 @torch.inference_mode()
-def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
-    """Tokens after the prompt, until the end-of-text token (not yielded) or `max_tokens`.
+def generate_tokens(
+    model: Transformer, prompt_ids: Sequence[int], params: SamplingParams, ends: Sequence[int] = ()
+) -> Iterator[int]:
+    """Tokens after the prompt, until one that ends a text (not yielded) or `max_tokens`.
 
-    Raises TenfoldError for an empty prompt, for one that leaves no room in the context, and for
-    a model that cannot generate.
+    Those that end a text are the config's `eos_token_ids` and `ends`. Raises TenfoldError for an empty
+    prompt, for one that leaves no room in the context, and for a model that cannot generate.
     """
     config = model.config
     room = config.max_position_embeddings - len(prompt_ids)
@@ -45,19 +46,21 @@ def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: Sampl
     for _ in range(wanted):
         hidden_BSD, _ = model.hidden_states(step, cache, position)
         token = sampler(model.logits(hidden_BSD[0, -1]))
-        if token in config.eos_token_ids:
+        if token in config.eos_token_ids or token in ends:
             return
         yield token
         position += step.shape[1]
         step = torch.tensor([[token]], device=weight.device)
 
 
-def new_tokens(model: Model, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[Iterator[int], int]:
+def new_tokens(
+    model: Model, prompt_ids: Sequence[int], params: SamplingParams, ends: Sequence[int] = ()
+) -> tuple[Iterator[int], int]:
     """The tokens to come, whichever kind of model it is, and how many there can be."""
     if isinstance(model, SwitchTransformer):
-        return encoder_decoder.generate_tokens(model, prompt_ids, params), params.max_tokens
+        return encoder_decoder.generate_tokens(model, prompt_ids, params, ends), params.max_tokens
     room = model.config.max_position_embeddings - len(prompt_ids)
-    return generate_tokens(model, prompt_ids, params), min(params.max_tokens, room)
+    return generate_tokens(model, prompt_ids, params, ends), min(params.max_tokens, room)
 
 
 class Generation:
@@ -67,9 +70,12 @@ class Generation:
     or the model's context ran out.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, prompt: str, params: SamplingParams):
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, prompt: str | Sequence[int], params: SamplingParams
+    ):
+        """`prompt` is text, or token ids that are taken as they are."""
         self.model, self.tokenizer, self.params = model, tokenizer, params
-        self.prompt_ids = tokenizer.encode(prompt)
+        self.prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not self.prompt_ids and tokenizer.eos_token_id is not None:
             # A text begins where the one before it ended: that is how the model was trained.
             self.prompt_ids = [tokenizer.eos_token_id]
@@ -79,11 +85,12 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text that no later token can change and no stop string will take back."""
-        stream, whole = DecodeStream(skip_special_tokens=False), ""
-        tokens, most = new_tokens(self.model, self.prompt_ids, self.params)
+        stream, whole = TextStream(self.tokenizer), ""
+        ends = self.tokenizer.eos_token_ids
+        tokens, most = new_tokens(self.model, self.prompt_ids, self.params, ends)
         for token in tokens:
             self.tokens.append(token)
-            whole += stream.step(self.tokenizer.raw, token) or ""
+            whole += stream.step(token)
             if (cut := self._stop_at(whole)) is not None:
                 self.finish_reason = "stop"
                 yield from self._advance(whole[:cut])
@@ -130,13 +137,13 @@ class Generation:
         }
 
 
-def load_generation(path_or_id: str | Path, prompt: str, params: SamplingParams) -> Generation:
-    """A generation with the model and tokenizer of a directory or hub id."""
-    directory = resolve(path_or_id)
-    model, tokenizer = load_model(directory), load_tokenizer(directory)
+def load_model_and_tokenizer(path_or_id: str | Path) -> tuple[Model, Tokenizer]:
+    """The model and the tokenizer of a directory, GGUF file or hub id."""
+    path = resolve(path_or_id)
+    model, tokenizer = load_model(path), load_tokenizer(path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise TenfoldError(
-            f"{directory}: tokenizer.json has {tokenizer.vocab_size} tokens, more than the model's"
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's"
             f" vocab_size {model.config.vocab_size}"
         )
-    return Generation(model, tokenizer, prompt, params)
+    return model, tokenizer

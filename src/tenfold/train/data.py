@@ -1,6 +1,6 @@
 """From documents to batches: hold some out, tokenise once, keep it, and serve windows of it.
 
-What is kept is a folder `<cache>/<key>` of raw token files (train.bin, valid.bin), tokenizer.json
+What is kept is a folder `<cache>/<key>` of raw token files (train.bin, valid.bin), the tokenizer
 and meta.json. The key covers the documents' contents, in the order they are read, and the tokenizer.
 """
 
@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,7 @@ from torch import Tensor
 
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
-from tenfold.tokenizer import (
-    Tokenizer,
-    check_vocab_size,
-    load_tokenizer,
-    tokenizer_file,
-    train_bpe,
-)
+from tenfold.tokenizer import END_OF_TEXT, Tokenizer, check_vocab_size, load_tokenizer, train_bpe
 from tenfold.train.split import Split, split_texts, survey
 from tenfold.train.tokenise import end_of_text, write_tokens
 
@@ -140,9 +133,10 @@ def prepare(
     """
     if tokenizer_path is None:
         check_vocab_size(vocab_size)
-        identity = f"bpe {vocab_size}".encode()
+        tokenizer, identity = None, f"bpe {vocab_size}".encode()
     else:
-        identity = _tokenizer_identity(tokenizer_path)
+        tokenizer = load_tokenizer(tokenizer_path)
+        identity = b"%s %d" % (_digest(tokenizer), end_of_text(tokenizer, tokenizer_path))
     split = survey(sources)
     key = hashlib.sha256(b"%d %s " % (FORMAT, identity) + b"".join(split.sizes)).hexdigest()
     cache = cache_dir or _default_cache()
@@ -154,7 +148,7 @@ def prepare(
             with tempfile.TemporaryDirectory(dir=cache, prefix=".new-") as unfinished:
                 build = Path(unfinished) / key
                 build.mkdir()
-                _build(build, sources, split, tokenizer_path, vocab_size)
+                _build(build, sources, split, tokenizer, vocab_size)
                 _publish(build, folder)
         except OSError as error:
             raise TenfoldError(
@@ -168,17 +162,13 @@ def _build(
     folder: Path,
     sources: Sequence[str],
     split: Split,
-    tokenizer_path: Path | None,
+    tokenizer: Tokenizer | None,
     vocab_size: int,
 ) -> None:
-    if tokenizer_path is None:
+    if tokenizer is None:
         texts = _first_bytes(text for held, text in split_texts(sources, split) if not held)
-        trained = train_bpe(texts, vocab_size)
-        (folder / "tokenizer.json").write_text(trained.to_str(), encoding="utf-8")
-    else:
-        for name, file in _tokenizer_files(tokenizer_path).items():
-            shutil.copyfile(file, folder / name)
-    tokenizer = load_tokenizer(folder)
+        tokenizer = Tokenizer(train_bpe(texts, vocab_size), {"eos_token": END_OF_TEXT})
+    tokenizer.save(folder)
     meta = write_tokens(folder, sources, split, tokenizer)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
@@ -192,18 +182,9 @@ def _first_bytes(texts: Iterator[str]) -> Iterator[str]:
             return
 
 
-def _tokenizer_identity(path: Path) -> bytes:
-    """A hash of all that decides the ids; a tokenizer that cannot be used fails here, early."""
-    eos = end_of_text(load_tokenizer(path), path)
-    return b"%s %d" % (hashlib.sha256(tokenizer_file(path).read_bytes()).hexdigest().encode(), eos)
-
-
-def _tokenizer_files(path: Path) -> dict[str, Path]:
-    """What to copy, under the names it is loaded by."""
-    file = tokenizer_file(path)
-    config = file.with_name("tokenizer_config.json")
-    found = {"tokenizer.json": file}
-    return found | {config.name: config} if config.is_file() else found
+def _digest(tokenizer: Tokenizer) -> bytes:
+    """A hash of all that decides the ids."""
+    return hashlib.sha256(b"".join(tokenizer.files().values())).hexdigest().encode()
 
 
 def _default_cache() -> Path:

@@ -35,7 +35,8 @@ class TrainSettings(BaseModel):
         ["stdlib"], description="text, .jsonl or .parquet files, folders, hf:NAME, or stdlib"
     )
     tokenizer: Path | None = Field(
-        None, description="a tokenizer.json; by default a byte-level BPE is trained on the data"
+        None,
+        description="tokenizer.json, tokenizer.model or .gguf; by default a BPE is trained on the data",
     )
 
     tokens: int = Field(2_000_000, gt=0, description="training tokens in all")

@@ -177,7 +177,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         if not self.folder.model.exists():
-            save_model(self.model, self.folder.model, self.data.tokenizer.raw)
+            save_model(self.model, self.folder.model, self.data.tokenizer)
         result = summarize(self.config, self.settings, self.progress) | self._data_asked_for()
         write_json(self.folder.result, result)
         return self.folder.read_result()
