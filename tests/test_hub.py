@@ -29,7 +29,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 NEEDED = {
     *WEIGHTS, "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
 }  # fmt: skip
 USELESS = {
     "README.md", "pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors",
@@ -40,7 +41,13 @@ REPOSITORIES = {
     for repo, files in {
         "some/model": NEEDED | USELESS,
         "some/old": {"config.json", "pytorch_model-1.bin", "pytorch_model.bin.index.json", "rust_model.ot"},
-        "some/gguf": {"tiny-Q4_0.gguf", "sub/tiny-Q8_0.gguf", "README.md"},
+        "some/gguf": {
+            "tiny-Q4_0.gguf",
+            "sub/tiny-Q8_0.gguf",
+            "big-00001-of-00002.gguf",
+            "big-00002-of-00002.gguf",
+            "README.md",
+        },
         "some/data": {"README.md"},
     }.items()
 }
@@ -188,6 +195,12 @@ def test_one_gguf_file_of_a_repository(hub: Hub) -> None:
     assert hub.fetched == {"sub/tiny-Q8_0.gguf"}
     assert hub.resolve("some/gguf/sub/tiny-Q8_0.gguf@main") == file
     assert hub.asked == []
+
+
+def test_a_gguf_model_in_parts_comes_whole(hub: Hub) -> None:
+    file = hub.resolve("some/gguf/big-00002-of-00002.gguf")
+    assert file.name == "big-00002-of-00002.gguf"
+    assert hub.fetched == {"big-00001-of-00002.gguf", "big-00002-of-00002.gguf"}
 
 
 def test_a_revision_and_a_token_reach_the_hub(hub: Hub) -> None:

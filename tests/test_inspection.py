@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import test_quantization
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf_files import write_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -122,6 +123,27 @@ def test_quantised_tensors_count_with_their_scales(
         small = tensor.dtype.itemsize == 1 or name.endswith("_scale_inv")
         sizes[form if small else "float32"] += tensor.nbytes
     assert inspect(str(directory), 4096)["stored"]["tensor_bytes"] == sizes
+
+
+def test_what_a_gguf_file_stores(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "model[1].gguf"  # no markup
+    config = ModelConfig(
+        model_type="llama", qk_norm="none", vocab_size=50, hidden_size=32, num_hidden_layers=1,
+        intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    write_model(file, Transformer(config), GGMLQuantizationType.Q8_0)
+    stored = {}
+    for tensor in GGUFReader(file).tensors:
+        kind = tensor.tensor_type.name
+        stored[kind] = stored.get(kind, 0) + tensor.n_bytes
+    assert len(stored) == 2
+    status, out, _ = run(capsys, "inspect", file, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["total_params"] == config.num_params()
+    assert found["stored"] == {"files": 1, "file_bytes": file.stat().st_size, "tensor_bytes": stored}
+    _, out, _ = run(capsys, "inspect", file)
+    assert "model[1].gguf" in out.replace("\n", "") and "tensors in Q8_0" in out
 
 
 def test_the_largest_answers_at_once_and_without_torch() -> None:

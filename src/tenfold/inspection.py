@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from tenfold.checkpoint import load_config
 from tenfold.checkpoint.families import family_for
+from tenfold.checkpoint.gguf.reader import open_gguf
+from tenfold.checkpoint.stored import Stored
 from tenfold.counting import BITS_PER_WEIGHT, BYTES_PER_WEIGHT
 from tenfold.hub import resolve
 from tenfold.presets import load_preset
@@ -16,15 +18,17 @@ if TYPE_CHECKING:
 
 
 def inspect(model: str, context: int) -> dict[str, Any]:
-    """`describe` for a preset, a directory or a hub id, of which only the config is fetched.
+    """`describe` for a preset, a directory, a GGUF file or a hub id, of which only the config is fetched.
 
-    For a directory with weights, `stored` too: its files, their bytes, and tensors' bytes by format.
+    For a file, or a directory with weights, `stored` too: what `_stored` counts.
     """
-    if "/" not in model and not Path(model).exists():
+    if "/" not in model and not model.endswith(".gguf") and not Path(model).exists():
         return describe(load_preset(model), context)
     path = resolve(model, "config")
     found = describe(load_config(path), context)
-    return found | {"stored": _stored(path)} if path == Path(model) and _has_weights(path) else found
+    if path.is_file() or (path == Path(model) and _has_weights(path)):
+        found["stored"] = _stored(path)
+    return found
 
 
 def _has_weights(directory: Path) -> bool:
@@ -32,18 +36,23 @@ def _has_weights(directory: Path) -> bool:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    from tenfold.checkpoint.weights import list_tensors  # imports torch
-
-    tensors = list_tensors(path).values()
-    files = {stored.file for stored in tensors}
+    """The files of a model, their bytes, and the bytes of their tensors by format."""
+    tensors = open_gguf(path).tensors if path.is_file() else _list_tensors(path)
+    files = {stored.file for stored in tensors.values()}
     by_form: Counter[str] = Counter()
-    for stored in tensors:
+    for stored in tensors.values():
         by_form[stored.form] += stored.num_bytes
     return {
         "files": len(files),
         "file_bytes": sum(file.stat().st_size for file in files),
         "tensor_bytes": dict(by_form.most_common()),
     }
+
+
+def _list_tensors(directory: Path) -> dict[str, Stored]:
+    from tenfold.checkpoint.weights import list_tensors  # imports torch, which a preset need not wait for
+
+    return list_tensors(directory)
 
 
 def describe(config: AnyConfig, context: int) -> dict[str, Any]:
@@ -138,8 +147,9 @@ def _on_disk(stored: dict[str, Any]) -> "Table":
 def _table(title: str, *columns: str) -> "Table":
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
