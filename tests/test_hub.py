@@ -61,6 +61,7 @@ class Hub:
 
     url: str
     cache: Path
+    commit: str = COMMIT
     asked: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
 
@@ -94,7 +95,9 @@ class Hub:
     def fetched(self) -> set[str]:
         """Files whose content was asked for."""
         return {
-            path.partition(f"/resolve/{COMMIT}/")[2] for path in self.asked if path.startswith("GET /some/")
+            path.partition(f"/resolve/{self.commit}/")[2]
+            for path in self.asked
+            if path.startswith("GET /some/")
         }
 
 
@@ -117,11 +120,11 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(b"", *REFUSALS[repo])
         elif not files:
             self.reply(b"", 404, "RepoNotFound")
-        elif revision not in ("main", COMMIT):
+        elif revision not in ("main", self.hub.commit):
             self.reply(b"", 404, "RevisionNotFound")
         elif verb == "revision":
             siblings = [{"rfilename": name} for name in files]
-            self.reply(json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
+            self.reply(json.dumps({"id": repo, "sha": self.hub.commit, "siblings": siblings}).encode())
         elif verb == "tree":
             listing = [
                 {"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files
@@ -132,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, body: bytes, status: int = 200, error: str = "") -> None:
         self.send_response(status)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.hub.commit)
         self.send_header("X-Error-Code", error)
         self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
         self.send_header("Content-Length", str(len(body)))
@@ -201,6 +204,13 @@ def test_a_gguf_model_in_parts_comes_whole(hub: Hub) -> None:
     file = hub.resolve("some/gguf/big-00002-of-00002.gguf")
     assert file.name == "big-00002-of-00002.gguf"
     assert hub.fetched == {"big-00001-of-00002.gguf", "big-00002-of-00002.gguf"}
+
+
+def test_what_a_cached_commit_lacks_is_looked_for_anew(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.resolve("some/gguf/tiny-Q4_0.gguf")
+    monkeypatch.setitem(REPOSITORIES, "some/gguf", {"new.gguf": b"new"})
+    hub.commit = "f" * 40
+    assert hub.resolve("some/gguf/new.gguf").read_bytes() == b"new"
 
 
 def test_a_revision_and_a_token_reach_the_hub(hub: Hub) -> None:

@@ -105,8 +105,8 @@ def _cached(hub_id: _HubId, part: Part) -> Path | None:
         files = [file.path for file in get_cached_repo_tree(repo, revision=revision)]
         wanted = _wanted(hub_id, part, files)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True))
-    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
-        return None
+    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError, TenfoldError):
+        return None  # where this commit lacks something, a newer one may have it
 
 
 def _fetch(hub_id: _HubId, part: Part) -> Path:
