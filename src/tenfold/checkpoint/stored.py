@@ -25,6 +25,10 @@ class Stored:
     name: str
     file: Path
     shape: tuple[int, ...]
+    form: str
+    """How the file writes it: a dtype (bfloat16) or a quantisation (mxfp4, Q4_K)."""
+    num_bytes: int
+    """In the file, scales included."""
     read: Callable[[int, int], "Tensor"]
     """Rows [start, stop) of the first axis, in a floating dtype, on the CPU, in memory of their own."""
 
