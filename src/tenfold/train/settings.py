@@ -39,7 +39,7 @@ class TrainSettings(BaseModel):
     )
     tokenizer: Path | None = Field(
         None,
-        description="tokenizer.json, tokenizer.model or .gguf; by default init's, else one trained on the data",
+        description="tokenizer.json, tokenizer.model or .gguf; by default init's, else a new one",
     )
 
     tokens: int = Field(2_000_000, gt=0, description="training tokens in all")
