@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from test_switch import build, generated_by_transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers, processors
 
 from tenfold.checkpoint import save_model
 from tenfold.cli import main
@@ -15,7 +16,7 @@ from tenfold.engine.encoder_decoder import GrowingKVCache, generate_tokens
 from tenfold.engine.llm import Generation, load_generation
 from tenfold.errors import TenfoldError
 from tenfold.sampling import SamplingParams
-from tenfold.tokenizer import load_tokenizer
+from tenfold.tokenizer import Tokenizer, load_tokenizer
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "walks", "into", "bar", "man", "the"]
 
@@ -24,11 +25,11 @@ WORDS = ["<pad>", "</s>", "<unk>", "a", "walks", "into", "bar", "man", "the"]
 def saved(tmp_path: Path) -> Path:
     """A model directory whose tokenizer ends every text with </s> and has sentinels, as T5's."""
     words = [*WORDS, "<extra_id_1>", "<extra_id_0>"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", "<extra_id_1>", "<extra_id_0>"])
-    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    save_model(build(vocab_size=len(words), eos_token_id=1), tmp_path / "m", tokenizer)
+    raw = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.add_special_tokens(["<pad>", "</s>", "<unk>", "<extra_id_1>", "<extra_id_0>"])
+    raw.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    save_model(build(vocab_size=len(words), eos_token_id=1), tmp_path / "m", Tokenizer(raw))
     return tmp_path / "m"
 
 
@@ -47,8 +48,8 @@ def test_generate_fills_spans(
     options = ("generate", saved, "--prompt", prompt, "--temperature", 0, "--max-tokens", 8)
     found = json.loads(run(capsys, monkeypatch, *options, "--json"))
     assert run(capsys, monkeypatch, *options) == found["text"] + "\n"
-    tokenizer = Tokenizer.from_file(str(saved / "tokenizer.json"))
-    prompt_ids = tokenizer.encode(prompt).ids[: found["prompt_tokens"]]
+    tokenizer = load_tokenizer(saved)
+    prompt_ids = tokenizer.encode(prompt)[: found["prompt_tokens"]]
     assert {9, 10} <= set(prompt_ids)
     theirs = generated_by_transformers(saved, torch.tensor([prompt_ids]), 8)
     assert found["tokens"] == [token for token in theirs[1:] if token != 1]
@@ -67,10 +68,8 @@ def test_sentinels_are_text(saved: Path) -> None:
 
 
 def test_max_tokens_end_the_text(saved: Path) -> None:
-    model = build(vocab_size=11)
-    generation = Generation(
-        model, load_tokenizer(saved), "a", SamplingParams(max_tokens=150, seed=1)
-    ).finish()
+    model, endless = build(vocab_size=11), Tokenizer(load_tokenizer(saved).raw)
+    generation = Generation(model, endless, "a", SamplingParams(max_tokens=150, seed=1)).finish()
     assert generation.finish_reason == "length" and len(generation.tokens) == 150
 
 

@@ -18,12 +18,12 @@ import pytest
 
 from tenfold.checkpoint import save_model
 from tenfold.config import ModelConfig
-from tenfold.engine.llm import load_generation
+from tenfold.engine.llm import Generation, load_model_and_tokenizer
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve
 from tenfold.model.transformer import Transformer
 from tenfold.sampling import SamplingParams
-from tenfold.tokenizer import train_bpe
+from tenfold.tokenizer import Tokenizer, train_bpe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -206,9 +206,9 @@ def test_what_another_program_cached_file_by_file_serves_offline(hub: Hub) -> No
 def test_a_hub_id_serves_wherever_a_path_does(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = train_bpe(iter(["some text"]), 300)
+    tokenizer = Tokenizer(train_bpe(iter(["some text"]), 300))
     config = ModelConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
-    save_model(Transformer(config), tmp_path / "tiny", tokenizer)
+    save_model(Transformer(config), tmp_path / "tiny", Tokenizer(tokenizer))
     files = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
     monkeypatch.setitem(REPOSITORIES, "some/tiny", files)
     tenfold = "from tenfold.cli import main; main()"
@@ -220,7 +220,8 @@ def test_a_hub_id_serves_wherever_a_path_does(
     options = ("--prompt", "some", "--max-tokens", "3", "--temperature", "0", "--json")
     from_hub = json.loads(hub.run(tenfold, "generate", "some/tiny", *options))
     assert hub.fetched == files.keys() - {"config.json"}
-    here = load_generation(tmp_path / "tiny", "some", SamplingParams(max_tokens=3, temperature=0))
+    params = SamplingParams(max_tokens=3, temperature=0)
+    here = Generation(*load_model_and_tokenizer(tmp_path / "tiny"), "some", params)
     assert from_hub == here.finish().summary()
 
 

@@ -32,9 +32,8 @@ class Chat:
                 f"{name} has no chat template, so it was not trained to chat: write text with"
                 f" `tenfold generate {name} --prompt TEXT`"
             )
-        config = decoder_only(model.config, name)
-        self._context = config.max_position_embeddings
         self._model, self._tokenizer, self._params = model, tokenizer, params
+        self._context = decoder_only(model.config, name).max_position_embeddings
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 

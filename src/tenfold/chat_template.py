@@ -19,7 +19,7 @@ from typing import Any
 
 from tenfold.errors import TenfoldError
 
-CPU_SECONDS = 3
+CPU_SECONDS = 2
 MEMORY_MEGABYTES = 512
 MEGACHARS = 16  # of rendered text, at most
 

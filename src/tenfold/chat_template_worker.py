@@ -13,13 +13,21 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, Undefined, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 LONGEST_ERROR = 500  # characters: an error may quote all of what it is about
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """What Jinja takes for unsafe is an error at once, not only where its value is used."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        raise SecurityError(f"{attribute} of a {type(obj).__name__} is not for templates")
 
 
 class GenerationTag(Extension):
@@ -59,7 +67,7 @@ def to_json(
 
 @lru_cache(maxsize=16)
 def compiled(template: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = to_json

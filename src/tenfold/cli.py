@@ -128,9 +128,9 @@ def generate(
     prompt
         text to go on from
     """
-    from tenfold.engine.llm import Generation, load_model_and_tokenizer
+    from tenfold.engine.llm import load_generation
 
-    _print_generation(Generation(*load_model_and_tokenizer(model), prompt, params), json)
+    _print_generation(load_generation(model, prompt, params), json)
 
 
 @app.command
@@ -150,7 +150,7 @@ def chat(
     Parameters
     ----------
     model
-        directory of a model, a GGUF file, or its id on the Hugging Face hub
+        directory of a model, a .gguf file, or an id on the Hugging Face hub (owner/name)
     system
         what the model is told before the conversation
     message

@@ -16,8 +16,9 @@ Part = Literal["model", "tokenizer", "config"]
 
 _CONFIG = ("config.json",)
 _TOKENIZER = (
-    *_CONFIG, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template*",
+    *_CONFIG, "generation_config.json", "tokenizer.json", "tokenizer.model", "spiece.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "additional_chat_templates/*",
 )  # fmt: skip
 _SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 _TORCH = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")

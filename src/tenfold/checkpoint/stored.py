@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK_BYTES = 64 << 20
-"""How much of a tensor is in memory at once while it is read, counted in float32."""
+CHUNK_BYTES = 4 << 20
+"""How much of a tensor is in memory at once while it is read, counted in float32.
+
+malloc keeps two or three such pieces after they are freed, so they stay small.
+"""
 
 
 @dataclass(frozen=True)

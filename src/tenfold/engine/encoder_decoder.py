@@ -28,9 +28,9 @@ class GrowingKVCache(LayerKVCache):
 
 @torch.inference_mode()
 def generate_tokens(
-    model: SwitchTransformer, prompt_ids: Sequence[int], params: SamplingParams, ends: Sequence[int] = ()
+    model: SwitchTransformer, prompt_ids: Sequence[int], params: SamplingParams
 ) -> Iterator[int]:
-    """The decoder's tokens, until one that ends a text (not yielded; `ends` adds to them) or `max_tokens`.
+    """The decoder's tokens, until the end-of-text token (not yielded) or `max_tokens`.
 
     Spans to fill are sentinel tokens (`<extra_id_0>`, …) of the prompt; the text names each before
     what fills it. Raises TenfoldError for an empty prompt.
@@ -46,6 +46,6 @@ def generate_tokens(
         step = torch.tensor([[token]], device=device)
         hidden_BSD, _ = model.decode(step, memory, cache, position)
         token = sampler(model.logits(hidden_BSD[0, -1]))
-        if token in config.eos_token_ids or token in ends:
+        if token in config.eos_token_ids:
             return
         yield token

@@ -20,13 +20,11 @@ from tenfold.tokenizer import TextStream, Tokenizer, load_tokenizer
 
 
 @torch.inference_mode()
-def generate_tokens(
-    model: Transformer, prompt_ids: Sequence[int], params: SamplingParams, ends: Sequence[int] = ()
-) -> Iterator[int]:
-    """Tokens after the prompt, until one that ends a text (not yielded) or `max_tokens`.
+def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+    """Tokens after the prompt, until the end-of-text token (not yielded) or `max_tokens`.
 
-    Those that end a text are the config's `eos_token_ids` and `ends`. Raises TenfoldError for an empty
-    prompt, for one that leaves no room in the context, and for a model that cannot generate.
+    Raises TenfoldError for an empty prompt, for one that leaves no room in the context, and for
+    a model that cannot generate.
     """
     config = model.config
     room = config.max_position_embeddings - len(prompt_ids)
@@ -46,21 +44,19 @@ def generate_tokens(
     for _ in range(wanted):
         hidden_BSD, _ = model.hidden_states(step, cache, position)
         token = sampler(model.logits(hidden_BSD[0, -1]))
-        if token in config.eos_token_ids or token in ends:
+        if token in config.eos_token_ids:
             return
         yield token
         position += step.shape[1]
         step = torch.tensor([[token]], device=weight.device)
 
 
-def new_tokens(
-    model: Model, prompt_ids: Sequence[int], params: SamplingParams, ends: Sequence[int] = ()
-) -> tuple[Iterator[int], int]:
+def new_tokens(model: Model, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[Iterator[int], int]:
     """The tokens to come, whichever kind of model it is, and how many there can be."""
     if isinstance(model, SwitchTransformer):
-        return encoder_decoder.generate_tokens(model, prompt_ids, params, ends), params.max_tokens
+        return encoder_decoder.generate_tokens(model, prompt_ids, params), params.max_tokens
     room = model.config.max_position_embeddings - len(prompt_ids)
-    return generate_tokens(model, prompt_ids, params, ends), min(params.max_tokens, room)
+    return generate_tokens(model, prompt_ids, params), min(params.max_tokens, room)
 
 
 class Generation:
@@ -86,9 +82,10 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         """Pieces of text that no later token can change and no stop string will take back."""
         stream, whole = TextStream(self.tokenizer), ""
-        ends = self.tokenizer.eos_token_ids
-        tokens, most = new_tokens(self.model, self.prompt_ids, self.params, ends)
+        tokens, most = new_tokens(self.model, self.prompt_ids, self.params)
         for token in tokens:
+            if token in self.tokenizer.eos_token_ids:
+                break
             self.tokens.append(token)
             whole += stream.step(token)
             if (cut := self._stop_at(whole)) is not None:
@@ -138,7 +135,7 @@ class Generation:
 
 
 def load_model_and_tokenizer(path_or_id: str | Path) -> tuple[Model, Tokenizer]:
-    """The model and the tokenizer of a directory, GGUF file or hub id."""
+    """The model and the tokenizer of a directory, a .gguf file or a hub id."""
     path = resolve(path_or_id)
     model, tokenizer = load_model(path), load_tokenizer(path)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -147,3 +144,8 @@ def load_model_and_tokenizer(path_or_id: str | Path) -> tuple[Model, Tokenizer]:
             f" vocab_size {model.config.vocab_size}"
         )
     return model, tokenizer
+
+
+def load_generation(path_or_id: str | Path, prompt: str, params: SamplingParams) -> Generation:
+    """A generation with the model and tokenizer of a directory, a .gguf file or a hub id."""
+    return Generation(*load_model_and_tokenizer(path_or_id), prompt, params)

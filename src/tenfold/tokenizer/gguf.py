@@ -94,6 +94,10 @@ class _Keys:
         tokens = self.array("tokens", str, "texts")
         if not tokens:
             raise TenfoldError(f"{self.source}: tokenizer.ggml.tokens is empty")
+        try:
+            "".join(tokens).encode()
+        except UnicodeEncodeError:
+            raise TenfoldError(f"{self.source}: tokenizer.ggml.tokens holds what is not UTF-8") from None
         token, times = Counter(tokens).most_common(1)[0]
         if times > 1:
             raise TenfoldError(f"{self.source}: tokenizer.ggml.tokens holds {token!r} {times} times")

@@ -31,7 +31,7 @@ def tokenizer_file(path: Path) -> Path:
 
 
 def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder or hub id, a tokenizer.json, a tokenizer.model or a .gguf file.
+    """The tokenizer of a model's folder or hub id, a tokenizer.json, a SentencePiece model or a .gguf file.
 
     Special tokens, the chat template and the tokens that end a text are what the files beside it say
     (tokenizer_config.json and its kin), or the GGUF's keys. Where no eos_token is named it is

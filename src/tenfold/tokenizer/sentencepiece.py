@@ -129,6 +129,10 @@ def _parse(data: bytes, source: str) -> Any:
             f"{source}: not a SentencePiece model (some repositories keep other formats under that name:"
             " take their tokenizer.json)"
         )
+    try:
+        "".join(piece.piece for piece in model.pieces).encode()
+    except (TypeError, UnicodeEncodeError):
+        raise TenfoldError(f"{source}: not a whole SentencePiece model: a piece is not UTF-8") from None
     if model.trainer_spec.treat_whitespace_as_suffix or model.denormalizer_spec.precompiled_charsmap:
         raise TenfoldError(f"{source}: models with spaces as suffixes or a denormalizer are not supported")
     return model

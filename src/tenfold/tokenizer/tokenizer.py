@@ -171,18 +171,18 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         # A token's text depends on what is before it (a first space is dropped), so it is read beside
-        # the tokens of the last piece: what is new is what they did not say alone.
+        # the tokens of the last piece: what is new is what they do not say alone.
         self._before: list[int] = []
-        self._said = ""
         self._new: list[int] = []
 
     def step(self, token: int) -> str:
         """The text that `token` completes, often empty while a character has more bytes to come."""
         self._new.append(token)
-        text = self._tokenizer.decode([*self._before, *self._new])
+        together = [*self._before, *self._new]
+        text = self._tokenizer.decode(together)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        piece = text[len(self._said) :]
-        self._before, self._new = self._new, []
-        self._said = self._tokenizer.decode(self._before)
+        piece = text[len(self._tokenizer.decode(self._before)) :]
+        self._before = self._new if self._tokenizer.decode(self._new) else together
+        self._new = []
         return piece
