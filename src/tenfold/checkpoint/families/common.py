@@ -24,8 +24,9 @@ def decoder_map(config: ModelConfig, sparse: Sparse, mlp: str = "mlp") -> SlotMa
     slots = whole("model.embed_tokens.weight", "model.norm.weight")
     if not config.tie_word_embeddings:
         slots["lm_head.weight"] = Slot("lm_head.weight")
+    sparse_layers = set(config.sparse_layers)
     for layer in range(config.num_hidden_layers):
-        kind = sparse if layer in config.sparse_layers else dense_mlp
+        kind = sparse if layer in sparse_layers else dense_mlp
         slots |= layer_map(config, f"model.layers.{layer}", kind, mlp)
     return slots
 
