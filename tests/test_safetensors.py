@@ -19,7 +19,7 @@ from tenfold.checkpoint.safetensors import READ_DTYPES, list_file
 from tenfold.errors import TenfoldError
 
 fuzz = settings(
-    max_examples=400,
+    max_examples=300,
     deadline=2000,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
