@@ -20,7 +20,7 @@ from tenfold.switch_config import SwitchConfig
 
 fuzz = settings(
     max_examples=300,
-    deadline=2000,
+    deadline=5000,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
