@@ -229,6 +229,14 @@ BAD_INDEX = {
         r"model-00001-of-\d+.safetensors: tensor .* is missing, though",
     ),
     "outside": (_outside, "must name a file beside it"),
+    "no file's name": (
+        lambda d: change(d / "model.safetensors.index.json", weight_map={GATE: "x" * 5000}),
+        "which is not there",
+    ),
+    "no tensor's name": (
+        lambda d: change(d / "model.safetensors.index.json", weight_map={"a\n": "x"}),
+        "weight_map must map",
+    ),
     "no map": (
         lambda d: change(d / "model.safetensors.index.json", weight_map=None),
         "weight_map must map",

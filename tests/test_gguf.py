@@ -224,6 +224,20 @@ def test_what_a_file_leaves_out(file: Path) -> None:
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("family", "renormalised"),
+    [("olmoe", False), ("qwen2_moe", False), ("qwen3_moe", True), ("deepseek_v2", False)],
+)
+def test_whether_chosen_experts_are_renormalised_where_nothing_is_said(
+    family: str, renormalised: bool, file: Path
+) -> None:
+    key = f"{ARCHITECTURES[family]}.expert_weights_norm"
+    assert (
+        load_config(written(file, expressible(family, 2), metadata={key: None})).norm_topk_prob
+        is renormalised
+    )
+
+
 def test_one_value_for_every_layer_may_be_listed(file: Path) -> None:
     key = "llama.feed_forward_length"
     assert load_config(written(file, PLAIN, metadata={key: [20, 20]})).intermediate_size == 20
@@ -319,6 +333,9 @@ def test_a_split_model_is_loaded_from_any_of_its_parts(tmp_path: Path) -> None:
     assert len(parts) > 2
     for part in (parts[0], parts[-1]):
         assert torch.equal(load_model(part)(ids_for(model.config)), model(ids_for(model.config)))
+    parts[1].write_bytes(parts[0].read_bytes())
+    with pytest.raises(TenfoldError, match=rf"{parts[1]}: it does not say that it is part 2 of {len(parts)}"):
+        load_model(parts[0])
     parts[1].unlink()
     with pytest.raises(TenfoldError, match=rf"{parts[1]}: no such file, and {parts[0].name} is a part of"):
         load_model(parts[0])

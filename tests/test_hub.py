@@ -18,7 +18,7 @@ import pytest
 
 from tenfold.checkpoint import save_model
 from tenfold.config import ModelConfig
-from tenfold.engine.llm import load_generation
+from tenfold.engine.llm import Generation, load_model_and_tokenizer
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve
 from tenfold.model.transformer import Transformer
@@ -29,7 +29,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 NEEDED = {
     *WEIGHTS, "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "tokenizer.model", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
 }  # fmt: skip
 USELESS = {
     "README.md", "pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors",
@@ -40,7 +41,13 @@ REPOSITORIES = {
     for repo, files in {
         "some/model": NEEDED | USELESS,
         "some/old": {"config.json", "pytorch_model-1.bin", "pytorch_model.bin.index.json", "rust_model.ot"},
-        "some/gguf": {"tiny-Q4_0.gguf", "sub/tiny-Q8_0.gguf", "README.md"},
+        "some/gguf": {
+            "tiny-Q4_0.gguf",
+            "sub/tiny-Q8_0.gguf",
+            "big-00001-of-00002.gguf",
+            "big-00002-of-00002.gguf",
+            "README.md",
+        },
         "some/data": {"README.md"},
     }.items()
 }
@@ -54,6 +61,7 @@ class Hub:
 
     url: str
     cache: Path
+    commit: str = COMMIT
     asked: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
 
@@ -87,7 +95,9 @@ class Hub:
     def fetched(self) -> set[str]:
         """Files whose content was asked for."""
         return {
-            path.partition(f"/resolve/{COMMIT}/")[2] for path in self.asked if path.startswith("GET /some/")
+            path.partition(f"/resolve/{self.commit}/")[2]
+            for path in self.asked
+            if path.startswith("GET /some/")
         }
 
 
@@ -110,11 +120,11 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(b"", *REFUSALS[repo])
         elif not files:
             self.reply(b"", 404, "RepoNotFound")
-        elif revision not in ("main", COMMIT):
+        elif revision not in ("main", self.hub.commit):
             self.reply(b"", 404, "RevisionNotFound")
         elif verb == "revision":
             siblings = [{"rfilename": name} for name in files]
-            self.reply(json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
+            self.reply(json.dumps({"id": repo, "sha": self.hub.commit, "siblings": siblings}).encode())
         elif verb == "tree":
             listing = [
                 {"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files
@@ -125,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, body: bytes, status: int = 200, error: str = "") -> None:
         self.send_response(status)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.hub.commit)
         self.send_header("X-Error-Code", error)
         self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
         self.send_header("Content-Length", str(len(body)))
@@ -190,6 +200,19 @@ def test_one_gguf_file_of_a_repository(hub: Hub) -> None:
     assert hub.asked == []
 
 
+def test_a_gguf_model_in_parts_comes_whole(hub: Hub) -> None:
+    file = hub.resolve("some/gguf/big-00002-of-00002.gguf")
+    assert file.name == "big-00002-of-00002.gguf"
+    assert hub.fetched == {"big-00001-of-00002.gguf", "big-00002-of-00002.gguf"}
+
+
+def test_what_a_cached_commit_lacks_is_looked_for_anew(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.resolve("some/gguf/tiny-Q4_0.gguf")
+    monkeypatch.setitem(REPOSITORIES, "some/gguf", {"new.gguf": b"new"})
+    hub.commit = "f" * 40
+    assert hub.resolve("some/gguf/new.gguf").read_bytes() == b"new"
+
+
 def test_a_revision_and_a_token_reach_the_hub(hub: Hub) -> None:
     folder = hub.resolve(f"some/model@{COMMIT}", HF_TOKEN="hf_secret")
     assert folder.name == COMMIT
@@ -206,9 +229,9 @@ def test_what_another_program_cached_file_by_file_serves_offline(hub: Hub) -> No
 def test_a_hub_id_serves_wherever_a_path_does(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = Tokenizer(train_bpe(iter(["some text"]), 300))
+    tokenizer = train_bpe(iter(["some text"]), 300)
     config = ModelConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
-    save_model(Transformer(config), tmp_path / "tiny", tokenizer)
+    save_model(Transformer(config), tmp_path / "tiny", Tokenizer(tokenizer))
     files = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
     monkeypatch.setitem(REPOSITORIES, "some/tiny", files)
     tenfold = "from tenfold.cli import main; main()"
@@ -220,7 +243,8 @@ def test_a_hub_id_serves_wherever_a_path_does(
     options = ("--prompt", "some", "--max-tokens", "3", "--temperature", "0", "--json")
     from_hub = json.loads(hub.run(tenfold, "generate", "some/tiny", *options))
     assert hub.fetched == files.keys() - {"config.json"}
-    here = load_generation(tmp_path / "tiny", "some", SamplingParams(max_tokens=3, temperature=0))
+    params = SamplingParams(max_tokens=3, temperature=0)
+    here = Generation(*load_model_and_tokenizer(tmp_path / "tiny"), "some", params)
     assert from_hub == here.finish().summary()
 
 

@@ -4,16 +4,26 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+import test_quantization
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf_files import write_model
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_cli import run
 
+from tenfold.checkpoint import save_model
+from tenfold.config import ModelConfig
 from tenfold.counting import BITS_PER_WEIGHT
 from tenfold.inspection import _scaled, inspect
+from tenfold.model.transformer import Transformer
 from tenfold.presets import preset_names
+
+fp8, mxfp4 = test_quantization.fp8, test_quantization.mxfp4
 
 STABLE = {
     "architecture", "total_params", "active_params", "active_params_without_input_embedding",
@@ -83,6 +93,57 @@ def test_units_keep_four_digits(number: int) -> None:
     text, _, unit = _scaled(number, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]).partition(" ")
     size = 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
     assert float(text.replace(",", "")) * size == pytest.approx(number, rel=5e-4)
+
+
+def test_what_a_directory_stores(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = ModelConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    save_model(Transformer(config), tmp_path / "m", dtype=torch.bfloat16, max_shard_bytes=3000)
+    found = inspect(str(tmp_path / "m"), 4096)
+    files = list((tmp_path / "m").glob("*.safetensors"))
+    assert found["stored"] == {
+        "files": len(files),
+        "file_bytes": sum(file.stat().st_size for file in files),
+        "tensor_bytes": {"bfloat16": 2 * config.num_params()},
+    }
+    _, out, _ = run(capsys, "inspect", tmp_path / "m")
+    assert f"{len(files)} files" in out and "tensors in bfloat16" in out
+
+    for file in files:
+        file.unlink()
+    assert inspect(str(tmp_path / "m"), 4096).keys() == STABLE
+
+
+@pytest.mark.parametrize(("kind", "form"), [("fp8", "float8_e4m3fn"), ("mxfp4", "mxfp4")])
+def test_quantised_tensors_count_with_their_scales(
+    request: pytest.FixtureRequest, kind: str, form: str
+) -> None:
+    directory = request.getfixturevalue(kind)
+    sizes: dict[str, int] = dict.fromkeys((form, "float32"), 0)
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        small = tensor.dtype.itemsize == 1 or name.endswith("_scale_inv")
+        sizes[form if small else "float32"] += tensor.nbytes
+    assert inspect(str(directory), 4096)["stored"]["tensor_bytes"] == sizes
+
+
+def test_what_a_gguf_file_stores(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "model[1].gguf"  # no markup
+    config = ModelConfig(
+        model_type="llama", qk_norm="none", vocab_size=50, hidden_size=32, num_hidden_layers=1,
+        intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    write_model(file, Transformer(config), GGMLQuantizationType.Q8_0)
+    stored = {}
+    for tensor in GGUFReader(file).tensors:
+        kind = tensor.tensor_type.name
+        stored[kind] = stored.get(kind, 0) + tensor.n_bytes
+    assert len(stored) == 2
+    status, out, _ = run(capsys, "inspect", file, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["total_params"] == config.num_params()
+    assert found["stored"] == {"files": 1, "file_bytes": file.stat().st_size, "tensor_bytes": stored}
+    _, out, _ = run(capsys, "inspect", file)
+    assert "model[1].gguf" in out.replace("\n", "") and "tensors in Q8_0" in out
 
 
 def test_the_largest_answers_at_once_and_without_torch() -> None:

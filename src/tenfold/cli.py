@@ -124,7 +124,7 @@ def generate(
     Parameters
     ----------
     model
-        directory of a model, or its id on the Hugging Face hub (owner/name)
+        directory or GGUF file of a model, or its id on the Hugging Face hub (owner/name)
     prompt
         text to go on from
     """
@@ -170,12 +170,12 @@ def chat(
 
 @app.command
 def inspect(model: str, /, *, context: Context = 4096, json: Json = False) -> None:
-    """Count a model's parameters, FLOPs and bytes from its config.
+    """Count a model's parameters, FLOPs and bytes, and what its files hold.
 
     Parameters
     ----------
     model
-        a preset, the directory of a model, or its id on the Hugging Face hub (owner/name)
+        a preset, the directory or GGUF file of a model, or its id on the Hugging Face hub (owner/name)
     context
         positions a token attends to, for the FLOPs
     """

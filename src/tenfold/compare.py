@@ -43,6 +43,8 @@ def compare(
         raise TenfoldError(f"{out} is a file; --out names a folder")
     if not resume and out.exists() and any(out.iterdir()):
         raise TenfoldError(f"{out} is not empty: continue it with --resume, or choose another --out")
+    if settings.init:
+        raise TenfoldError("init: compare trains all three from the beginning; leave it out")
     pick_device(settings.device)
     results = {name: _taken_result(folder) for name, folder in (taken or {}).items()}
     sparse = _trained_config(results["sparse"]) if "sparse" in results else resolve_config(settings)

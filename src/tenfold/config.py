@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from tenfold.config_checks import problems
 from tenfold.counting import BYTES_PER_WEIGHT, Counted, ParamCounts
 from tenfold.errors import TenfoldError
-from tenfold.parsed import Parsed
+from tenfold.parsed import MAX_LAYERS, Parsed
 
 RouterName = Literal["softmax", "topk_softmax", "sigmoid", "switch", "expert_choice"]
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -55,7 +55,7 @@ class ModelConfig(Counted, Parsed):
     vocab_size: int = Field(2048, gt=0)
     hidden_size: int = Field(128, gt=0)
     intermediate_size: int = Field(384, ge=0, description="width of a dense layer's SwiGLU")
-    num_hidden_layers: int = Field(4, gt=0)
+    num_hidden_layers: int = Field(4, gt=0, le=MAX_LAYERS)
     num_attention_heads: int = Field(4, gt=0)
     num_key_value_heads: int = Field(4, gt=0)
     head_dim: int = Field(32, gt=0)
@@ -110,7 +110,7 @@ class ModelConfig(Counted, Parsed):
     )
     shared_expert_gate: bool = Field(False, description="a sigmoid gate on the shared expert (Qwen2-MoE)")
     moe_bias: bool = Field(False, description="biases on the router and the experts (gpt-oss)")
-    mlp_only_layers: tuple[int, ...] = Field((), description="layers that stay dense")
+    mlp_only_layers: tuple[int, ...] = Field((), max_length=MAX_LAYERS, description="layers that stay dense")
     decoder_sparse_step: int = Field(1, gt=0, description="every n-th layer is sparse")
     router: RouterName = "softmax"
     norm_topk_prob: bool = Field(True, description="the chosen experts' weights sum to one")

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tenfold.parsed import MAX_EXPERTS
+
 if TYPE_CHECKING:
     from tenfold.config import ModelConfig
 
@@ -59,6 +61,8 @@ def _latent_problems(config: "ModelConfig") -> Iterator[str]:
 
 def _expert_problems(config: "ModelConfig") -> Iterator[str]:
     E, K = config.num_experts, config.num_experts_per_tok
+    if len(config.sparse_layers) * E > MAX_EXPERTS:
+        yield f"num_experts {E} in {len(config.sparse_layers)} layers is more than any model has"
     if not 1 <= K <= E:
         yield f"num_experts_per_tok {K} must be from 1 to num_experts {E}"
     if not config.moe_intermediate_size:

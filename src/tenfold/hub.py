@@ -26,6 +26,7 @@ _NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(/(?P<file>[^@]+\.gguf))?(@(?P<revision>.+))?", re.ASCII)
 _NO_REPO = re.compile(r".*(--|\.\.).*|.*\.(git|gguf|json|model|safetensors)")
 """What the hub forbids in a name, and what is surely meant as a file here."""
+_PART_NUMBER = re.compile(r"-\d{5}-of-(?=\d{5}\.gguf$)")
 
 
 class _HubId(NamedTuple):
@@ -69,20 +70,29 @@ def _parse(text: str) -> _HubId | None:
 
 
 def _wanted(hub_id: _HubId, part: Part, files: list[str]) -> list[str]:
-    """Those of a repository's files that are needed; only ones at its top are ever a model's own."""
+    """Those of a repository's files that are needed; of a GGUF model in parts, all of them."""
     ggufs = [name for name in files if name.endswith(".gguf")]
     if hub_id.file:
         if hub_id.file not in ggufs:
             raise TenfoldError(f"{hub_id.repo} has no file {hub_id.file}{nearest(hub_id.file, ggufs)}")
-        return [hub_id.file]
+        return _matching(ggufs, (_PART_NUMBER.sub("-?????-of-", hub_id.file),))
     if "config.json" not in files:
         hint = f"; name one of its GGUF files: {', '.join(ggufs[:20])}" if ggufs else ""
         raise TenfoldError(f"{hub_id.repo} has no config.json{hint}")
-    top = [name for name in files if "/" not in name and not name.startswith("consolidated")]
     patterns = {"config": _CONFIG, "tokenizer": _TOKENIZER, "model": _TOKENIZER + _SAFETENSORS}[part]
-    if part == "model" and not any(name.endswith(".safetensors") for name in top):
+    if part == "model" and not _matching(files, _SAFETENSORS):
         patterns += _TORCH
-    return [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)]
+    return _matching(files, patterns)
+
+
+def _matching(files: list[str], patterns: tuple[str, ...]) -> list[str]:
+    """In the folders that the patterns name only, without Mistral's second copy of its weights."""
+    return [
+        name
+        for name in files
+        if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+        and not name.startswith("consolidated")
+    ]
 
 
 def _cached(hub_id: _HubId, part: Part) -> Path | None:
@@ -95,8 +105,8 @@ def _cached(hub_id: _HubId, part: Part) -> Path | None:
         files = [file.path for file in get_cached_repo_tree(repo, revision=revision)]
         wanted = _wanted(hub_id, part, files)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True))
-    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
-        return None
+    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError, TenfoldError):
+        return None  # where this commit lacks something, a newer one may have it
 
 
 def _fetch(hub_id: _HubId, part: Part) -> Path:

@@ -1,10 +1,13 @@
 """What is in a model and what it will need: counted from its config, and read off its files."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.checkpoint import load_config
 from tenfold.checkpoint.families import family_for
+from tenfold.checkpoint.gguf.reader import open_gguf
+from tenfold.checkpoint.stored import Stored
 from tenfold.counting import BITS_PER_WEIGHT, BYTES_PER_WEIGHT
 from tenfold.hub import resolve
 from tenfold.presets import load_preset
@@ -15,10 +18,41 @@ if TYPE_CHECKING:
 
 
 def inspect(model: str, context: int) -> dict[str, Any]:
-    """`describe` for a preset, a directory or a hub id, of which only the config is fetched."""
-    if "/" in model or Path(model).exists():
-        return describe(load_config(resolve(model, "config")), context)
-    return describe(load_preset(model), context)
+    """`describe` for a preset, a directory, a GGUF file or a hub id, of which only the config is fetched.
+
+    For a file, or a directory with weights, `stored` too: what `_stored` counts.
+    """
+    if "/" not in model and not model.endswith(".gguf") and not Path(model).exists():
+        return describe(load_preset(model), context)
+    path = resolve(model, "config")
+    found = describe(load_config(path), context)
+    if path.is_file() or (path == Path(model) and _has_weights(path)):
+        found["stored"] = _stored(path)
+    return found
+
+
+def _has_weights(directory: Path) -> bool:
+    return any(any(directory.glob(files)) for files in ("*.safetensors", "pytorch_model*.bin"))
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The files of a model, their bytes, and the bytes of their tensors by format."""
+    tensors = open_gguf(path).tensors if path.is_file() else _list_tensors(path)
+    files = {stored.file for stored in tensors.values()}
+    by_form: Counter[str] = Counter()
+    for stored in tensors.values():
+        by_form[stored.form] += stored.num_bytes
+    return {
+        "files": len(files),
+        "file_bytes": sum(file.stat().st_size for file in files),
+        "tensor_bytes": dict(by_form.most_common()),
+    }
+
+
+def _list_tensors(directory: Path) -> dict[str, Stored]:
+    from tenfold.checkpoint.weights import list_tensors  # imports torch, which a preset need not wait for
+
+    return list_tensors(directory)
 
 
 def describe(config: AnyConfig, context: int) -> dict[str, Any]:
@@ -54,13 +88,14 @@ def describe(config: AnyConfig, context: int) -> dict[str, Any]:
 
 
 def tables(found: dict[str, Any], title: str) -> list["Table"]:
-    """What `inspect` found, for people: parameters, what one token takes, memory by format."""
-    return [_parameters(found, title), _one_token(found), _memory(found)]
+    """What `inspect` found, for people: parameters, what one token takes, memory by format, files."""
+    stored = [_on_disk(found["stored"])] if "stored" in found else []
+    return [_parameters(found, title), _one_token(found), _memory(found), *stored]
 
 
 def _parameters(found: dict[str, Any], title: str) -> "Table":
     table = _table(f"{title}: {found['architecture']}", "parameters", "", "exact")
-    experts = f"routed experts: {found['experts']}, {found['experts_per_token']} a token"
+    experts = f"routed experts: {found['experts']:,}, {found['experts_per_token']} a token"
     rows = {
         "total": "total_params",
         "active, with the input embedding": "active_params",
@@ -86,24 +121,35 @@ def _one_token(found: dict[str, Any]) -> "Table":
     table = _table("", f"one token after {found['context']:,}", "", "exact")
     flops, weights = found["flops_per_token"], found["weights_per_token"]
     table.add_row("FLOPs", _scaled(flops, 1000, ["", "k", "M", "G", "T"]), f"{flops:,}")
-    table.add_row("weights it touches", f"{found['weights_per_token_fraction']:.1%}", f"{weights:,}")
+    percent = 100 * found["weights_per_token_fraction"]
+    table.add_row("weights it touches", f"{percent:.3g}%", f"{weights:,}")
     return table
 
 
 def _memory(found: dict[str, Any]) -> "Table":
     table = _table("", "memory", "all weights", "exact bytes", "a token reads", "KV a token")
-    table.caption = "every weight in that format; files keep some wider, such as norms and routers"
+    table.caption = "if every weight were in it; files keep norms and routers wider"
     for form, size in found["weight_bytes"].items():
         read, kv = found["weight_bytes_per_token"][form], found["kv_bytes_per_token"].get(form)
         table.add_row(form, _bytes(size), f"{size:,}", _bytes(read), "" if kv is None else _bytes(kv))
     return table
 
 
+def _on_disk(stored: dict[str, Any]) -> "Table":
+    table = _table("", "stored", "", "exact bytes")
+    for form, size in stored["tensor_bytes"].items():
+        table.add_row(f"tensors in {form}", _bytes(size), f"{size:,}")
+    files = "1 file" if stored["files"] == 1 else f"{stored['files']:,} files"
+    table.add_row(files, _bytes(stored["file_bytes"]), f"{stored['file_bytes']:,}")
+    return table
+
+
 def _table(title: str, *columns: str) -> "Table":
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table

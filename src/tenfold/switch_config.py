@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from tenfold.config import ModelConfig
 from tenfold.counting import BYTES_PER_WEIGHT, Counted, ParamCounts
 from tenfold.errors import TenfoldError
-from tenfold.parsed import Parsed
+from tenfold.parsed import MAX_EXPERTS, MAX_LAYERS, Parsed
 
 
 class SwitchConfig(Counted, Parsed):
@@ -21,8 +21,8 @@ class SwitchConfig(Counted, Parsed):
     d_model: int = Field(gt=0)
     d_kv: int = Field(gt=0, description="width of an attention head")
     d_ff: int = Field(gt=0, description="width of a dense layer, and of an expert")
-    num_layers: int = Field(gt=0, description="of the encoder")
-    num_decoder_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=MAX_LAYERS, description="of the encoder")
+    num_decoder_layers: int = Field(gt=0, le=MAX_LAYERS)
     num_heads: int = Field(gt=0)
     num_experts: int = Field(gt=0, description="in a sparse layer")
     expert_capacity: int = Field(gt=0, description="tokens of one sequence that an expert takes")
@@ -54,6 +54,9 @@ class SwitchConfig(Counted, Parsed):
                 f"decoder_start_token_id {self.decoder_start_token_id} must be less than"
                 f" vocab_size {self.vocab_size}"
             )
+        if self.num_sparse_layers * self.num_experts > MAX_EXPERTS:
+            layers = f"in {self.num_sparse_layers} layers"
+            raise ValueError(f"num_experts {self.num_experts} {layers} is more than any model has")
         return self
 
     @property

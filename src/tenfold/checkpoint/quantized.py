@@ -70,7 +70,7 @@ def _plain(raw: RawTensor) -> Stored:
             raise TenfoldError(f"{raw.file}: tensor {raw.name} is {_dtype(raw)}, not {known}")
         return raw.read(start, stop)
 
-    return Stored(raw.name, raw.file, raw.shape, read)
+    return Stored(raw.name, raw.file, raw.shape, _dtype(raw), raw.num_bytes, read)
 
 
 def _fp8(raw: RawTensor, raw_scale: RawTensor, block_size: tuple[int, int]) -> Stored:
@@ -86,7 +86,8 @@ def _fp8(raw: RawTensor, raw_scale: RawTensor, block_size: tuple[int, int]) -> S
         whole_blocks = dequantize_fp8_blocks(raw.read(first * rows, stop), scales, block_size)
         return whole_blocks[start - first * rows :]
 
-    return Stored(raw.name, raw.file, raw.shape, read)
+    num_bytes = raw.num_bytes + raw_scale.num_bytes
+    return Stored(raw.name, raw.file, raw.shape, _dtype(raw), num_bytes, read)
 
 
 def _mxfp4(name: str, blocks: RawTensor, scales: RawTensor) -> Stored:
@@ -101,7 +102,8 @@ def _mxfp4(name: str, blocks: RawTensor, scales: RawTensor) -> Stored:
     def read(start: int, stop: int) -> Tensor:
         return dequantize_mxfp4(blocks.read(start, stop), scales.read(start, stop))
 
-    return Stored(name, blocks.file, (experts, count * MXFP4_BLOCK, rows), read)
+    shape = (experts, count * MXFP4_BLOCK, rows)
+    return Stored(name, blocks.file, shape, "mxfp4", blocks.num_bytes + scales.num_bytes, read)
 
 
 def _check_shape(scale: RawTensor, shape: tuple[int, ...], weight: RawTensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,3 +19,7 @@ class RawTensor:
     shape: tuple[int, ...]
     read: Callable[[int, int], Tensor]
     """Rows [start, stop) of the first axis, in `dtype`; a scalar is one row."""
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize

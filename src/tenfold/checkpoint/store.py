@@ -44,8 +44,8 @@ def load_model(
     return model.eval()
 
 
-def load_decoder_only(path: Path) -> Transformer:
-    """The model in a directory, for what works on no encoder-decoder: one is a TenfoldError."""
+def load_decoder_only(path: str | Path) -> Transformer:
+    """The model that `load_model` loads, for what works on no encoder-decoder: one is a TenfoldError."""
     decoder_only(load_config(path), str(path))
     model = load_model(path)
     assert isinstance(model, Transformer)

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK_BYTES = 64 << 20
-"""How much of a tensor is in memory at once while it is read, counted in float32."""
+CHUNK_BYTES = 4 << 20
+"""How much of a tensor is in memory at once while it is read, counted in float32.
+
+malloc keeps two or three such pieces after they are freed, so they stay small.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class Stored:
     name: str
     file: Path
     shape: tuple[int, ...]
+    form: str
+    """How the file writes it: a dtype (bfloat16) or a quantisation (mxfp4, Q4_K)."""
+    num_bytes: int
+    """In the file, scales included."""
     read: Callable[[int, int], "Tensor"]
     """Rows [start, stop) of the first axis, in a floating dtype, on the CPU, in memory of their own."""
 

@@ -38,7 +38,9 @@ def list_file(path: Path) -> dict[str, RawTensor]:
 def _raw(path: Path, name: object, tensor: object) -> RawTensor:
     if not isinstance(name, str) or not name.isprintable():
         _refuse(path, f"a tensor's name is {name!r:.50}")
-    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        _refuse(path, f"{name} in it is no plain tensor")
+    if tensor.is_quantized or tensor.is_meta:
         _refuse(path, f"{name} in it is no plain tensor")
     return RawTensor(name, path, tensor.dtype, tuple(tensor.shape), _reader(tensor.detach()))
 

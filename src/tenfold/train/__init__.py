@@ -17,5 +17,5 @@ def train(settings: TrainSettings, out: Path, resume: bool) -> dict[str, Any]:
 
     pick_device(settings.device)
     config = resolve_config(settings)
-    data = prepare(settings.data, settings.tokenizer, config.vocab_size)
-    return Trainer(with_tokenizer(config, data), settings, data, out, resume).run()
+    data = prepare(settings.data, settings.tokenizer_path, config.vocab_size)
+    return Trainer(with_tokenizer(config, data, settings.init), settings, data, out, resume).run()

@@ -226,7 +226,17 @@ def _open(folder: Path) -> TokenData:
         raise TenfoldError(f"{folder}: damaged token cache ({error}); delete that folder") from None
 
 
-def with_tokenizer(config: ModelConfig, data: TokenData) -> ModelConfig:
-    """The config with the vocabulary and the end-of-text token that the data really has."""
+def with_tokenizer(config: ModelConfig, data: TokenData, init: str | None = None) -> ModelConfig:
+    """The config with the vocabulary and the end-of-text token that the data really has.
+
+    That of the model `init` stays as it is: its vocabulary must hold the tokenizer's.
+    """
+    if init is not None:
+        if data.vocab_size > config.vocab_size:
+            raise TenfoldError(
+                f"the tokenizer has {data.vocab_size} tokens, more than the vocab_size"
+                f" {config.vocab_size} of {init}"
+            )
+        return config
     changes = {"vocab_size": data.vocab_size, "eos_token_id": data.eos_token_id}
     return ModelConfig.parse(config.model_dump() | changes, "model")

@@ -31,7 +31,7 @@ def backward(
     with autocast(inputs_BS.device, settings.precision):
         hidden_BSD, layers = model.hidden_states(inputs_BS)
         states = {"loss": (hidden_BSD, targets_BS, 1.0)}
-        if model.mtp:
+        if model.mtp and settings.mtp_loss:
             ahead_BSD, ahead_layers = model.states_ahead(hidden_BSD, inputs_BS)
             states["mtp_loss"] = (ahead_BSD, targets_BS[:, 1:], settings.mtp_loss)
             layers = layers + ahead_layers

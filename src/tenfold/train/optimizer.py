@@ -46,9 +46,11 @@ def _adamw(groups: list[dict[str, Any]], lr: float) -> AdamW:
 
 
 def split_parameters(model: Transformer) -> tuple[list[Parameter], list[Parameter], list[Parameter]]:
-    """Hidden matrices, stacks of them (one an expert), and everything else."""
+    """Hidden matrices, stacks of them (one an expert), and everything else that learns."""
     matrices, stacks, rest = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         hidden = not any(part in name for part in _NOT_HIDDEN)
         if parameter.ndim == 3:
             stacks.append(parameter)

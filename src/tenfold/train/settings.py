@@ -31,12 +31,15 @@ class TrainSettings(BaseModel):
     model: ModelOverrides = Field(
         default_factory=ModelOverrides, description="config fields that differ from the preset"
     )
+    init: str | None = Field(
+        None, description="model whose weights to go on from: a directory, GGUF file or hub id"
+    )
     data: list[str] = Field(
         ["stdlib"], description="text, .jsonl or .parquet files, folders, hf:NAME, or stdlib"
     )
     tokenizer: Path | None = Field(
         None,
-        description="tokenizer.json, tokenizer.model or .gguf; by default a BPE is trained on the data",
+        description="tokenizer.json, tokenizer.model or .gguf; by default init's, else a new one",
     )
 
     tokens: int = Field(2_000_000, gt=0, description="training tokens in all")
@@ -89,6 +92,11 @@ class TrainSettings(BaseModel):
         return self
 
     @property
+    def tokenizer_path(self) -> Path | None:
+        """Where the tokenizer is, if it is not to be trained."""
+        return self.tokenizer or (Path(self.init) if self.init else None)
+
+    @property
     def rows(self) -> int:
         """Sequences in one forward pass."""
         return self.micro_batch_size or self.batch_size
@@ -103,18 +111,34 @@ class TrainSettings(BaseModel):
 
 
 def resolve_config(settings: TrainSettings) -> ModelConfig:
-    """The preset with the run's overrides. Raises TenfoldError naming the field that is wrong."""
-    preset = decoder_only(load_preset(settings.preset), f"preset {settings.preset}").model_dump()
-    changes = settings.model.model_dump(exclude_none=True)
-    config = ModelConfig.parse(preset | changes, "model")
+    """The preset with the run's overrides, or the config of the model that the run goes on from.
+
+    Raises TenfoldError naming the field that is wrong.
+    """
+    config = _of_init(settings, settings.init) if settings.init else _of_preset(settings)
     if settings.seq_len > config.max_position_embeddings:
         raise TenfoldError(
             f"seq_len {settings.seq_len} is more than the model's max_position_embeddings"
             f" {config.max_position_embeddings}"
         )
-    if bool(settings.mtp_loss) != bool(config.num_nextn_predict_layers):
+    untrained = config.num_nextn_predict_layers and not settings.mtp_loss and not settings.init
+    if untrained or (settings.mtp_loss and not config.num_nextn_predict_layers):
         raise TenfoldError(
             f"mtp_loss {settings.mtp_loss} and num_nextn_predict_layers {config.num_nextn_predict_layers}"
             " go together: set both, or neither"
         )
     return config
+
+
+def _of_preset(settings: TrainSettings) -> ModelConfig:
+    preset = decoder_only(load_preset(settings.preset), settings.preset).model_dump()
+    return ModelConfig.parse(preset | settings.model.model_dump(exclude_none=True), "model")
+
+
+def _of_init(settings: TrainSettings, init: str) -> ModelConfig:
+    from tenfold.checkpoint.opening import open_checkpoint
+    from tenfold.hub import resolve
+
+    if settings.model.model_fields_set:
+        raise TenfoldError("model: the model that init names has its shape; leave the overrides out")
+    return decoder_only(open_checkpoint(resolve(init)).config, init)

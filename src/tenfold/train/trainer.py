@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tenfold.checkpoint import save_model
+from tenfold.checkpoint import load_decoder_only, save_model
 from tenfold.config import ModelConfig
 from tenfold.device import keep_freed_memory, pick_device, pick_precision
 from tenfold.errors import TenfoldError
@@ -67,7 +67,9 @@ class Trainer:
         self._build()
         steps = self.settings.steps
         # The module that predicts ahead has a router too, and comes last.
-        layers = [*self.config.sparse_layers, *[self.config.num_hidden_layers] * len(self.model.mtp)]
+        layers = self.config.sparse_layers
+        if self.settings.mtp_loss and self.model.mtp:
+            layers = [*layers, self.config.num_hidden_layers]
         with Reporter(self.folder, label, self.progress.step, steps, layers) as reporter:
             while self.progress.step < steps:
                 record = self._timed_step()
@@ -83,7 +85,7 @@ class Trainer:
         return self._finish()
 
     def _build(self) -> None:
-        self.model = Transformer(self.config).init_weights(self.settings.seed).to(self.device)
+        self.model = self._first_weights().to(self.device)
         self.optimizers = build_optimizers(self.model, self.settings)
         self.progress = self.folder.restore(self.model, self.optimizers)
         self.bias_update = None
@@ -92,6 +94,13 @@ class Trainer:
             self.bias_update.attach(self.optimizers[0])
         if self.settings.compile:
             self.model.hidden_states = torch.compile(self.model.hidden_states)  # type: ignore[method-assign]
+
+    def _first_weights(self) -> Transformer:
+        if self.settings.init is None:
+            return Transformer(self.config).init_weights(self.settings.seed)
+        model = load_decoder_only(self.settings.init).train()
+        model.mtp.requires_grad_(self.settings.mtp_loss > 0)
+        return model
 
     def _due(self, times: int) -> bool:
         """True at `times` steps evenly spread, the last one among them."""

@@ -82,4 +82,5 @@ def why_native(config: ModelConfig) -> str:
 
 def _unknown(field: str, given: object) -> str:
     known = [getattr(f, "architecture" if field == "architectures" else field) for f in FAMILIES]
-    return f"unknown {field} {given}{nearest(str(given), known)}; known: {', '.join(known)}"
+    name = str(given)[:100]
+    return f"unknown {field} {name}{nearest(name, known)}; known: {', '.join(known)}"

@@ -8,6 +8,7 @@ from tenfold.checkpoint.quantization_config import weight_block_size
 from tenfold.checkpoint.slot import Slot, SlotMap, part
 from tenfold.config import ModelConfig, RopeScaling
 from tenfold.errors import TenfoldError
+from tenfold.parsed import MAX_LAYERS
 from tenfold.switch_config import AnyConfig
 
 Sparse = Callable[[ModelConfig, str], SlotMap]
@@ -24,8 +25,9 @@ def decoder_map(config: ModelConfig, sparse: Sparse, mlp: str = "mlp") -> SlotMa
     slots = whole("model.embed_tokens.weight", "model.norm.weight")
     if not config.tie_word_embeddings:
         slots["lm_head.weight"] = Slot("lm_head.weight")
+    sparse_layers = set(config.sparse_layers)
     for layer in range(config.num_hidden_layers):
-        kind = sparse if layer in config.sparse_layers else dense_mlp
+        kind = sparse if layer in sparse_layers else dense_mlp
         slots |= layer_map(config, f"model.layers.{layer}", kind, mlp)
     return slots
 
@@ -269,7 +271,7 @@ class HfReader:
 
     def fail(self, name: str, accepted: str) -> NoReturn:
         given = self.raw.get(name)
-        raise TenfoldError(f"{self.source}: {name} {given!r} is not supported, only {accepted}")
+        raise TenfoldError(f"{self.source}: {name} {given!r:.100} is not supported, only {accepted}")
 
     def only(self, name: str, *accepted: Any) -> None:
         """Refuse a field that is there with another value; null always passes."""
@@ -283,12 +285,28 @@ class HfReader:
                 return self.raw[name]
         raise TenfoldError(f"{self.source}: field {' or '.join(names)} is missing")
 
-    def count(self, name: str, least: int = 0) -> int:
+    def count(self, name: str, least: int = 0, default: int | None = None) -> int:
         """A whole number that is needed before the config can be validated."""
+        if default is not None and self.raw.get(name) is None:
+            return default
         value = self.need(name)
         if type(value) is not int or value < least:
             self.fail(name, f"a whole number of at least {least}")
         return value
+
+    def layers(self) -> range:
+        """Of `num_hidden_layers`, to be looped over before the config is validated."""
+        count = self.count("num_hidden_layers")
+        if count > MAX_LAYERS:
+            self.fail("num_hidden_layers", f"up to {MAX_LAYERS:,}")
+        return range(count)
+
+    def layer_types(self, otherwise: Callable[[int], bool]) -> list[str]:
+        """As listed, or by which layers slide."""
+        listed = self.raw.get("layer_types") or layer_types([otherwise(layer) for layer in self.layers()])
+        if not isinstance(listed, list):
+            self.fail("layer_types", "a list")
+        return listed
 
     def head_dim(self) -> int:
         """As written, or the heads' even share of the width."""
@@ -314,8 +332,8 @@ class HfReader:
         raw = self.raw
         if not raw.get("use_sliding_window") or raw.get("sliding_window") is None:
             return {}
-        layers, first = range(self.count("num_hidden_layers")), raw.get("max_window_layers", 28)
-        listed = raw.get("layer_types") or layer_types([slides(layer, first) for layer in layers])
+        first = self.count("max_window_layers", default=28)
+        listed = self.layer_types(lambda layer: slides(layer, first))
         if "sliding_attention" not in listed:
             return {}
         return {"sliding_window": raw["sliding_window"], "layer_types": tuple(listed)}

@@ -92,7 +92,6 @@ def v3_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _from_hf(reader: HfReader, **fields: Any) -> ModelConfig:
     raw = reader.raw
     reader.only("moe_layer_freq", 1)
-    dense = min(raw.get("first_k_dense_replace") or 0, reader.count("num_hidden_layers"))
     biased = raw.get("attention_bias", False)
     return reader.build(
         intermediate_size=reader.need("intermediate_size"),
@@ -107,7 +106,7 @@ def _from_hf(reader: HfReader, **fields: Any) -> ModelConfig:
         num_experts_per_tok=reader.need("num_experts_per_tok"),
         moe_intermediate_size=reader.need("moe_intermediate_size"),
         n_shared_experts=raw.get("n_shared_experts") or 0,
-        mlp_only_layers=tuple(range(dense)),
+        mlp_only_layers=tuple(reader.layers()[: reader.count("first_k_dense_replace", default=0)]),
         routed_scaling_factor=raw.get("routed_scaling_factor", 1.0),
         **fields,
     )

@@ -41,7 +41,6 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     reader = HfReader(raw, source)
-    dense = min(reader.count("first_k_dense_replace"), reader.count("num_hidden_layers"))
     rotary = reader.rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5))
     return reader.build(
         model_type="glm4_moe",
@@ -54,7 +53,7 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
         num_experts_per_tok=reader.need("num_experts_per_tok"),
         moe_intermediate_size=reader.need("moe_intermediate_size"),
         n_shared_experts=reader.need("n_shared_experts"),
-        mlp_only_layers=tuple(range(dense)),
+        mlp_only_layers=tuple(reader.layers()[: reader.count("first_k_dense_replace")]),
         norm_topk_prob=reader.need("norm_topk_prob"),
         n_group=reader.need("n_group"),
         topk_group=reader.need("topk_group"),

@@ -12,7 +12,6 @@ from tenfold.checkpoint.families.common import (
     biases_all_or_none,
     decoder_map,
     hf_fields,
-    layer_types,
     ours,
     renormalizes,
     routes_by_softmax,
@@ -55,7 +54,6 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     reader = HfReader(raw, source)
     reader.only("swiglu_limit", 7.0)
     reader.only("swiglu_alpha", 1.702)
-    alternating = layer_types([layer % 2 == 0 for layer in range(reader.count("num_hidden_layers"))])
     biased = raw.get("attention_bias", True)
     return reader.build(
         model_type="gpt_oss",
@@ -65,7 +63,7 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
         attention_out_bias=biased,
         attention_sinks=True,
         sliding_window=raw.get("sliding_window"),
-        layer_types=tuple(raw.get("layer_types") or alternating),
+        layer_types=tuple(reader.layer_types(lambda layer: layer % 2 == 0)),
         hidden_act="clamped_swiglu",
         moe_bias=True,
         router="topk_softmax",

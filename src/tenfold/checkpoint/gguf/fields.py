@@ -1,5 +1,6 @@
 """Reading metadata of one architecture, whose keys begin with its name."""
 
+import reprlib
 from typing import Any, NoReturn
 
 from tenfold.checkpoint.stored import Stored
@@ -14,10 +15,9 @@ class Fields:
         self.architecture = metadata.get("general.architecture")
 
     def fail(self, name: str, accepted: str) -> NoReturn:
-        given = self.metadata.get(f"{self.architecture}.{name}")
-        raise TenfoldError(
-            f"{self.source}: {self.architecture}.{name} {given!r} is not supported, only {accepted}"
-        )
+        key = f"{self.architecture}.{name}"
+        given = reprlib.repr(self.metadata.get(key))
+        raise TenfoldError(f"{self.source}: {key} {given} is not supported, only {accepted}")
 
     def get(self, name: str, default: Any = None) -> Any:
         """A value; a list with one entry a layer counts as that value if all are the same."""

@@ -20,7 +20,7 @@ MAX_NESTING = 4  # llama.cpp writes and reads arrays of scalars and strings only
 
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Value types of the spec, as `struct` spells them."""
+"""Value types of the spec, as `struct` and numpy spell them."""
 LEAST_BYTES = {STRING: 8, ARRAY: 12} | {kind: struct.calcsize(code) for kind, code in SCALARS.items()}
 
 
@@ -99,10 +99,13 @@ class Header:
         return [self.value(kind, what, nesting) for _ in range(count)]
 
     def scalars(self, kind: int, count: int, what: str) -> list[Any]:
+        import numpy as np
+
         data = self.take(count * LEAST_BYTES[kind], what)
         if SCALARS[kind] == "?" and count != data.count(0) + data.count(1):
             self.fail(f"{what} has a boolean that is neither 0 nor 1")
-        return list(struct.unpack(f"<{count}{SCALARS[kind]}", data))
+        values: list[Any] = np.frombuffer(data, f"<{SCALARS[kind]}").tolist()
+        return values
 
     def string(self, what: str) -> str:
         data = self.take(self.count(1, f"bytes of {what}"), what)

@@ -111,7 +111,7 @@ def _place(header: Header, metadata: dict[str, Any], infos: list[TensorInfo]) ->
         if start + end > header.size:
             header.fail(f"tensor {info.name} ends at {start + end:,} of {header.size:,} bytes")
         read = _reader(header.path, info, kind, start + info.offset)
-        tensors[info.name] = Stored(info.name, header.path, info.shape, read)
+        tensors[info.name] = Stored(info.name, header.path, info.shape, kind.name, size, read)
     return tensors
 
 
