@@ -218,7 +218,7 @@ def test_what_is_saved_loads_as_it_was(tmp_path: Path, metadata: dict[str, Any])
 BAD = [
     ("gpt2", {"model": "bert"}, "only llama and gpt2"),
     ("gpt2", {"model": None}, "model is missing"),
-    ("gpt2", {"pre": "klingon"}, "klingon is not known, only command-r"),
+    ("gpt2", {"pre": "klingon"}, "'klingon' is not known, only command-r"),
     ("gpt2", {"merges": None}, "merges is missing"),
     ("gpt2", {"merges": ["a"]}, "not two tokens"),
     ("gpt2", {"merges": ["zz yy"]}, "merges"),

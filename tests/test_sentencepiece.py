@@ -149,6 +149,21 @@ def test_a_folder_is_taken_as_transformers_takes_it(tmp_path: Path, config: dict
     assert (ours.bos_token_id, ours.pad_token_id) == (theirs.bos_token_id, theirs.pad_token_id)
 
 
+def test_t5s_sentinels_and_end(tmp_path: Path) -> None:
+    options = {"model_type": "unigram", "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    (tmp_path / "spiece.model").write_bytes(train(options))
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the cat <extra_id_0> on<extra_id_1>mat", "naïve, a  b ", ""):
+        assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode("<extra_id_0> the <extra_id_99>")) == "<extra_id_0> the<extra_id_99></s>"
+    assert ours.encode("<extra_id_0>") == [ours.vocab_size - 1, 1]
+    (tmp_path / "again").mkdir()
+    ours.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").files() == ours.files()
+
+
 @pytest.mark.parametrize("kept_in", ["tokenizer_config.json", "added_tokens.json"])
 def test_tokens_added_to_a_model(tmp_path: Path, kept_in: str) -> None:
     model = folder(tmp_path)

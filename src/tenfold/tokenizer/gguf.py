@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as shown
 from typing import Any
 
 import tokenizers
@@ -53,7 +54,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         return _sentencepiece(keys)
     if kind == "gpt2":
         return _byte_level(keys)
-    raise TenfoldError(f"{source}: tokenizer.ggml.model {kind} is not supported, only llama and gpt2")
+    raise TenfoldError(f"{source}: tokenizer.ggml.model {shown(kind)} is not supported, only llama and gpt2")
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,7 @@ class _Keys:
     def get(self, name: str, kind: type | tuple[type, ...], wanted: str) -> Any:
         value = self.metadata.get(f"tokenizer.ggml.{name}")
         if value is not None and not _is(value, kind):
-            raise TenfoldError(
-                f"{self.source}: tokenizer.ggml.{name} must be {wanted}, not {str(value)[:60]}"
-            )
+            raise TenfoldError(f"{self.source}: tokenizer.ggml.{name} must be {wanted}, not {shown(value)}")
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
@@ -82,7 +81,7 @@ class _Keys:
         values: list[Any] = self._needed(name, self.get(name, list, f"an array of {wanted}"))
         for value in values:
             if not _is(value, kind):
-                raise TenfoldError(f"{self.source}: tokenizer.ggml.{name} holds {value!r}, not {wanted}")
+                raise TenfoldError(f"{self.source}: tokenizer.ggml.{name} holds {shown(value)}, not {wanted}")
         return values
 
     def _needed(self, name: str, value: Any) -> Any:
@@ -100,7 +99,7 @@ class _Keys:
             raise TenfoldError(f"{self.source}: tokenizer.ggml.tokens holds what is not UTF-8") from None
         token, times = Counter(tokens).most_common(1)[0]
         if times > 1:
-            raise TenfoldError(f"{self.source}: tokenizer.ggml.tokens holds {token!r} {times} times")
+            raise TenfoldError(f"{self.source}: tokenizer.ggml.tokens holds {shown(token)} {times} times")
         return tokens
 
     def types(self, count: int) -> list[int]:
@@ -160,7 +159,7 @@ def _byte_level(keys: _Keys) -> Tokenizer:
     tokens, name = keys.tokens(), keys.text("pre", "default")
     if name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise TenfoldError(f"{keys.source}: tokenizer.ggml.pre {name} is not known, only {known}")
+        raise TenfoldError(f"{keys.source}: tokenizer.ggml.pre {shown(name)} is not known, only {known}")
     pre = PRE_TOKENIZERS[name]
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = [_pair(merge, keys.source) for merge in keys.array("merges", str, "texts")]
@@ -197,7 +196,7 @@ def _byte_level(keys: _Keys) -> Tokenizer:
 def _pair(merge: str, source: str) -> tuple[str, str]:
     left, _, right = merge.partition(" ")
     if not left or not right:
-        raise TenfoldError(f"{source}: tokenizer.ggml.merges holds {merge!r}, not two tokens")
+        raise TenfoldError(f"{source}: tokenizer.ggml.merges holds {shown(merge)}, not two tokens")
     return left, right
 
 

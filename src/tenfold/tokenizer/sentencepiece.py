@@ -10,6 +10,7 @@ https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.prot
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -34,6 +35,8 @@ def sentencepiece_tokenizer(data: bytes, source: str, beside: TokenizerFiles) ->
     for data that is no such model, and for added tokens that do not fit to it.
     """
     model = _parse(data, source)
+    if beside.config.tokenizer_class in ("T5Tokenizer", "T5TokenizerFast"):
+        beside = _as_t5(beside, len(model.pieces))
     config = beside.config
     has_space = model.normalizer_spec.add_dummy_prefix and config.add_prefix_space is not False
     drops_spaces = model.normalizer_spec.remove_extra_whitespaces
@@ -61,7 +64,7 @@ def sentencepiece_tokenizer(data: bytes, source: str, beside: TokenizerFiles) ->
         chat_template=beside.chat_template,
         model_file=data,
         settings={
-            "tokenizer_class": "LlamaTokenizer",
+            "tokenizer_class": config.tokenizer_class or "LlamaTokenizer",
             "added_tokens_decoder": {str(i): token.model_dump() for i, token in beside.added_tokens.items()},
             **config.model_dump(include=flags, exclude_none=True),
         },
@@ -160,6 +163,17 @@ def _roles(model: Any) -> dict[str, str]:
         "pad_token": spec.pad_id,
     }
     return {role: model.pieces[i].piece for role, i in ids.items() if 0 <= i < len(model.pieces)}
+
+
+def _as_t5(beside: TokenizerFiles, pieces: int) -> TokenizerFiles:
+    """What T5's class knows and its model does not say: sentinels, the first one last, and a last </s>."""
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(beside.config.extra_ids))]
+    added = {pieces + i: AddedTokenEntry(content=text, special=True) for i, text in enumerate(sentinels)}
+    return replace(
+        beside,
+        config=beside.config.model_copy(update={"legacy": True, "add_eos_token": True}),
+        added_tokens=beside.added_tokens or added,
+    )
 
 
 def _add_tokens(raw: tokenizers.Tokenizer, added: Mapping[int, AddedTokenEntry], source: str) -> None:

@@ -67,6 +67,8 @@ class TemplateJson(BaseModel):
 class TokenizerConfig(SpecialTokensMap):
     """tokenizer_config.json: the fields that change ids or prompts."""
 
+    tokenizer_class: str | None = None
+    extra_ids: int = Field(100, ge=0, le=10_000)  # sentinels of T5
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
     add_prefix_space: bool | None = None
