@@ -93,7 +93,7 @@ def test_old_turns_make_room_and_that_is_said(
     kept = [m["content"] for m in chat.messages]
     assert kept[0] == "brief" and kept[-2:] == ["four", "the mat"] and "one" not in kept
     assert [m["role"] for m in chat.messages[1:]] == ["user", "assistant"] * ((len(kept) - 1) // 2)
-    assert "dropped from the beginning, to fit the model's context: 1 turns" in err
+    assert "oldest turns dropped, to fit the model's context: 1)" in err
     assert len(tokenizer.apply_chat_template(chat.messages)) <= 64
 
 

@@ -256,6 +256,6 @@ def test_a_tokenizer_without_a_template_says_so() -> None:
 
 def test_tool_use_has_its_own_template_where_there_is_one() -> None:
     named = ChatTemplate({"default": "plain", "tool_use": "tools"}, "")
-    assert (named.render([USER]), named.render([USER], [WEATHER])) == ("plain", "tools")
+    assert [named.render([USER], tools) for tools in (None, [], [WEATHER])] == ["plain", "tools", "tools"]
     with pytest.raises(TenfoldError, match="only rag"):
         ChatTemplate({"rag": "x"}, "").render([USER])

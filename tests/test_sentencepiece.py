@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from tenfold.errors import TenfoldError
 from tenfold.tokenizer import TextStream, Tokenizer, load_tokenizer
+from tenfold.train.data import prepare
 
 KINDS: dict[str, dict[str, Any]] = {
     "bpe like Llama's": {
@@ -197,6 +198,16 @@ def test_what_is_saved_loads_as_it_was(tmp_path: Path) -> None:
 
 def test_threads_and_batches_share_one(ours: Tokenizer) -> None:
     assert ours.encode_batch(TEXTS * 20) == [ours.encode(text) for text in TEXTS] * 20
+
+
+def test_a_model_is_trained_on_such_tokens(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the cat sat on mat {i}" for i in range(200)))
+    data = prepare([str(text)], model, 300, tmp_path / "cache")
+    ours = load_tokenizer(model)
+    assert data.vocab_size == ours.vocab_size and data.eos_token_id == ours.eos_token_id
+    assert "the cat sat" in data.tokenizer.decode(data.train[:50].tolist())
+    assert data.tokenizer.encode("the cat </s>") == ours.encode("the cat </s>")
 
 
 def refusal(path: Path) -> str:

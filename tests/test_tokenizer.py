@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import TEXTS
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -298,6 +298,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [stream.step(token) for token in ids]
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_streamed_pieces_are_the_text(tokenizer: Tokenizer, text: str) -> None:
     pieces = streamed(tokenizer, tokenizer.encode(text + "."))
@@ -305,6 +306,7 @@ def test_streamed_pieces_are_the_text(tokenizer: Tokenizer, text: str) -> None:
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 256)))
 def test_any_tokens_can_be_streamed(tokenizer: Tokenizer, ids: list[int]) -> None:
     whole = tokenizer.decode(ids)

@@ -101,7 +101,7 @@ def _turn(chat: Chat, text: str) -> None:
     try:
         generation = chat.answer(text)
         if chat.dropped:
-            _note(f"dropped from the beginning, to fit the model's context: {chat.dropped} turns")
+            _note(f"oldest turns dropped, to fit the model's context: {chat.dropped}")
         for piece in generation:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:

@@ -61,7 +61,7 @@ class ChatTemplate:
         return answer["text"]
 
     def _choose(self, tools: object) -> str:
-        wanted = "tool_use" if tools and "tool_use" in self.templates else "default"
+        wanted = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         if wanted not in self.templates:
             known = ", ".join(sorted(self.templates))
             raise TenfoldError(f"{self.source}: no chat template is named default, only {known}")
@@ -87,7 +87,8 @@ def _forget_worker() -> None:
     _lock, _worker = threading.Lock(), None
 
 
-os.register_at_fork(after_in_child=_forget_worker)
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_forget_worker)
 
 
 def _ask(request: bytes) -> dict[str, str]:
