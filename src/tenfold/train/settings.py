@@ -131,7 +131,7 @@ def resolve_config(settings: TrainSettings) -> ModelConfig:
 
 
 def _of_preset(settings: TrainSettings) -> ModelConfig:
-    preset = decoder_only(load_preset(settings.preset), settings.preset).model_dump()
+    preset = decoder_only(load_preset(settings.preset), f"preset {settings.preset}").model_dump()
     return ModelConfig.parse(preset | settings.model.model_dump(exclude_none=True), "model")
 
 
