@@ -69,7 +69,8 @@ def test_backend_equals_reference(
     ours = run(BACKENDS[backend], inputs, ids, upstream, activation)
     truth = run(reference.experts, tuple(t.double() for t in inputs), ids, upstream.double(), activation)
     for mine, true in zip(ours, truth, strict=True):
-        assert (mine.double() - true).norm() <= 1e-5 * true.norm() + 1e-12
+        # Terms are of the order of one; where they cancel, their rounding is all that is left.
+        assert (mine.double() - true).norm() <= 1e-5 * true.norm() + 3e-6
 
 
 def run(
