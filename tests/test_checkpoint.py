@@ -374,6 +374,9 @@ def test_why_native_names_the_field() -> None:
     assert why_native(scaled) == "routed_scaling_factor 2.0"
     both = choice.model_copy(update={"attention_bias": True})
     assert why_native(both) == "this combination of options"
+    kinds = ("full_attention", "sliding_attention", "full_attention")  # as many as layers, not the usual four
+    slides = SOFTMAX.model_copy(update={"num_hidden_layers": 3, "sliding_window": 2, "layer_types": kinds})
+    assert why_native(slides) == f"layer_types {kinds}"
 
 
 def test_configs_and_presets_need_no_torch() -> None:
