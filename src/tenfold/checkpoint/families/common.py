@@ -255,6 +255,9 @@ def written_window(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+WINDOW_LEFT_OUT = 4096
+"""`sliding_window` of a Mistral or Qwen config without the field, as in transformers; null is none."""
+
 _NO_SCALING = ("type", "rope_theta", "partial_rotary_factor")
 """Keys of a rope dictionary that describe no scaling."""
 
@@ -267,7 +270,8 @@ class HfReader:
         self.source = source
         self.only("hidden_act", "silu")
         weight_block_size(raw, source)  # refuses other ways to quantise
-        self.rope = {**self._rope_dict("rope_parameters"), **self._rope_dict("rope_scaling")}
+        parameters, scaling = self._rope_dict("rope_parameters"), self._rope_dict("rope_scaling")
+        self.rope = scaling or parameters  # the older name counts where both are there, as in transformers
 
     def fail(self, name: str, accepted: str) -> NoReturn:
         given = self.raw.get(name)
@@ -329,14 +333,14 @@ class HfReader:
 
         `slides(layer, max_window_layers)` says in which layers, where `layer_types` does not.
         """
-        raw = self.raw
-        if not raw.get("use_sliding_window") or raw.get("sliding_window") is None:
+        window = self.raw.get("sliding_window", WINDOW_LEFT_OUT)
+        if not self.raw.get("use_sliding_window") or window is None:
             return {}
         first = self.count("max_window_layers", default=28)
         listed = self.layer_types(lambda layer: slides(layer, first))
         if "sliding_attention" not in listed:
             return {}
-        return {"sliding_window": raw["sliding_window"], "layer_types": tuple(listed)}
+        return {"sliding_window": window, "layer_types": tuple(listed)}
 
     def build(self, **fields: Any) -> ModelConfig:
         """The shared fields and the family's own, validated."""

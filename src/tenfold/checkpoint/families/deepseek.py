@@ -34,6 +34,16 @@ OPTIONS = (
 )
 
 
+_V3_DEFAULTS = {
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+}
+"""What transformers takes for a field that is left out, where a wrong guess would go unnoticed."""
+
+
 def suits(config: ModelConfig) -> bool:
     """Latent attention, and dense layers only at the bottom."""
     return (
@@ -113,7 +123,7 @@ def _from_hf(reader: HfReader, **fields: Any) -> ModelConfig:
 
 
 def v2_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
-    reader = HfReader(raw, source)
+    reader = HfReader({"n_shared_experts": 2, **raw}, source)
     reader.only("topk_method", "greedy", "group_limited_greedy")
     reader.only("scoring_func", "softmax")
     reader.only("norm_topk_prob", False)
@@ -131,7 +141,8 @@ def v2_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
 
 
 def v3_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
-    reader = HfReader(raw, source)
+    reader = HfReader({**_V3_DEFAULTS, **raw}, source)
+    raw = reader.raw
     reader.only("topk_method", "noaux_tc")
     reader.only("scoring_func", "sigmoid")
     return _from_hf(
