@@ -1,6 +1,7 @@
 """Every decoder family, in random small configs, against transformers."""
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,14 @@ def test_the_older_name_of_rope_scaling_counts() -> None:
     assert theirs.rope_parameters["rope_type"] == "linear"
     read = family_for(config).from_hf(stretched, "x").rope_scaling
     assert read is not None and (read.rope_type, read.factor) == ("linear", 4.0)
+
+
+@torch.no_grad()
+def test_a_mistral_that_slides_in_some_layers_is_a_ministral(tmp_path: Path) -> None:
+    ours = build(random_fields("mistral", 0) | {"num_hidden_layers": 2, "sliding_window": 3})
+    save_model(ours, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["layer_types"] = ["full_attention", "sliding_attention"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    ids = ids_for(ours.config)
+    close(load_model(tmp_path / "m")(ids), load_hf(tmp_path / "m")(ids).logits)

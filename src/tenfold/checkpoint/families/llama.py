@@ -65,6 +65,7 @@ def mistral_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
         intermediate_size=reader.need("intermediate_size"),
         qk_norm="none",
         sliding_window=raw.get("sliding_window", WINDOW_LEFT_OUT),
+        layer_types=raw.get("layer_types") or (),  # with which transformers takes it for a Ministral
     )
 
 
