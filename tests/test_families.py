@@ -179,3 +179,12 @@ def test_a_mistral_that_slides_in_some_layers_is_a_ministral(tmp_path: Path) -> 
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     ids = ids_for(ours.config)
     close(load_model(tmp_path / "m")(ids), load_hf(tmp_path / "m")(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_shared_experts_are_not_left_out_unsaid(family: str, tmp_path: Path) -> None:
+    save_model(build(random_fields(family, 0)), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"n_shared_experts": 0}))
+    with pytest.raises(TenfoldError, match=r"tensor .*shared_experts.* has no place in"):
+        load_model(tmp_path / "m")

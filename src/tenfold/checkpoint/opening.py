@@ -41,7 +41,8 @@ def _open_directory(directory: Path) -> Checkpoint:
     config = family.present(config, tensors)
     slots = family.tensor_map(config)
     for name in set(tensors) - set(slots):
-        if family.is_redundant(config, name):
+        # transformers writes shared experts of width zero
+        if family.is_redundant(config, name) or 0 in tensors[name].shape:
             del tensors[name]
     return Checkpoint(config, slots, tensors, f"the {family.architecture} of {directory / 'config.json'}")
 

@@ -189,11 +189,10 @@ def v3_present(config: ModelConfig, names: Collection[str]) -> ModelConfig:
 
 
 def is_redundant(config: ModelConfig, name: str) -> bool:
-    """A predictor that the config does not mention; shared experts of width zero."""
+    """A predictor that the config does not mention."""
     after_last = name.startswith(f"model.layers.{config.num_hidden_layers}.")
     ahead = after_last and not config.num_nextn_predict_layers
-    empty = not config.n_shared_experts and ".shared_experts." in name
-    return ahead or empty or common.is_redundant(config, name)
+    return ahead or common.is_redundant(config, name)
 
 
 DEEPSEEK_V2 = Family(

@@ -62,10 +62,9 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
 
 
 def is_redundant(config: ModelConfig, name: str) -> bool:
-    """An extra layer that predicts the token after next; shared experts of width zero."""
+    """An extra layer that predicts the token after next."""
     extra_layer = name.startswith(f"model.layers.{config.num_hidden_layers}.")
-    empty = not config.n_shared_experts and ".shared_experts." in name
-    return extra_layer or empty or common.is_redundant(config, name)
+    return extra_layer or common.is_redundant(config, name)
 
 
 GLM4_MOE = Family(
