@@ -188,3 +188,14 @@ def test_shared_experts_are_not_left_out_unsaid(family: str, tmp_path: Path) -> 
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"n_shared_experts": 0}))
     with pytest.raises(TenfoldError, match=r"tensor .*shared_experts.* has no place in"):
         load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_a_last_layer_is_not_left_out_unsaid(family: str, tmp_path: Path) -> None:
+    """It stands where a predictor would."""
+    three = {"num_hidden_layers": 3, "mlp_only_layers": (), "num_nextn_predict_layers": 0}
+    save_model(build(random_fields(family, 0) | three), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(TenfoldError, match=r"tensor model.layers.2.* has no place in"):
+        load_model(tmp_path / "m")

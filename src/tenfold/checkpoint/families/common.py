@@ -114,10 +114,16 @@ def experts(config: ModelConfig, prefix: str, gate: str, up: str, down: str) -> 
     return slots
 
 
-def is_redundant(config: ModelConfig, name: str) -> bool:
+def is_redundant(config: ModelConfig, name: str, _: Collection[str] = ()) -> bool:
     """Tensors that published checkpoints may hold and the model does not need."""
     tied_head = config.tie_word_embeddings and name == "lm_head.weight"
     return tied_head or name.endswith("rotary_emb.inv_freq")
+
+
+def in_predictor(config: ModelConfig, name: str, names: Collection[str]) -> bool:
+    """Of the module after the last layer, which `eh_proj` tells from a layer that the config leaves out."""
+    after_last = f"model.layers.{config.num_hidden_layers}."
+    return name.startswith(after_last) and f"{after_last}eh_proj.weight" in names
 
 
 def as_it_is(config: AnyConfig, _: Collection[str]) -> AnyConfig:
@@ -142,7 +148,8 @@ class Family:
     from_hf: Callable[[dict[str, Any], str], AnyConfig]
     """The reverse; a TenfoldError names the source and what tenfold does not model."""
     tensor_map: Callable[[Any], SlotMap] = tensor_map
-    is_redundant: Callable[[Any, str], bool] = is_redundant
+    is_redundant: Callable[[Any, str, Collection[str]], bool] = is_redundant
+    """Whether the model does not need a tensor, of a file that holds all of these names."""
     present: Callable[[Any, Collection[str]], AnyConfig] = as_it_is
     """The config less the optional modules that these tensor names leave out."""
 

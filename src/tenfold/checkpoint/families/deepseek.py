@@ -188,10 +188,9 @@ def v3_present(config: ModelConfig, names: Collection[str]) -> ModelConfig:
     return config.model_copy(update={"num_nextn_predict_layers": 0})
 
 
-def is_redundant(config: ModelConfig, name: str) -> bool:
-    """A predictor that the config does not mention."""
-    after_last = name.startswith(f"model.layers.{config.num_hidden_layers}.")
-    ahead = after_last and not config.num_nextn_predict_layers
+def v3_is_redundant(config: ModelConfig, name: str, names: Collection[str]) -> bool:
+    """With a predictor that the config does not mention."""
+    ahead = not config.num_nextn_predict_layers and common.in_predictor(config, name, names)
     return ahead or common.is_redundant(config, name)
 
 
@@ -202,7 +201,6 @@ DEEPSEEK_V2 = Family(
     v2_suits,
     v2_to_hf,
     v2_from_hf,
-    is_redundant=is_redundant,
 )
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
@@ -212,6 +210,6 @@ DEEPSEEK_V3 = Family(
     v3_to_hf,
     v3_from_hf,
     v3_tensor_map,
-    is_redundant,
+    v3_is_redundant,
     v3_present,
 )
