@@ -114,6 +114,12 @@ def test_bf16_on_disk_and_in_memory_with_float32_router_bias(tmp_path: Path) -> 
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
 
 
+def test_loading_as_no_float_is_refused(saved: Path) -> None:
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(TenfoldError, match=f"cannot load as {dtype}, only torch.float32, "):
+            load_model(saved, dtype)
+
+
 def test_redundant_tensors_of_published_checkpoints_are_passed_over(tmp_path: Path) -> None:
     model = build(CONFIG.model_copy(update={"tie_word_embeddings": True}))
     save_model(model, tmp_path / "m")
@@ -374,6 +380,9 @@ def test_why_native_names_the_field() -> None:
     assert why_native(scaled) == "routed_scaling_factor 2.0"
     both = choice.model_copy(update={"attention_bias": True})
     assert why_native(both) == "this combination of options"
+    kinds = ("full_attention", "sliding_attention", "full_attention")  # as many as layers, not the usual four
+    slides = SOFTMAX.model_copy(update={"num_hidden_layers": 3, "sliding_window": 2, "layer_types": kinds})
+    assert why_native(slides) == f"layer_types {kinds}"
 
 
 def test_configs_and_presets_need_no_torch() -> None:

@@ -1,5 +1,7 @@
 """Every decoder family, in random small configs, against transformers."""
 
+import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from random_families import FAMILIES, random_fields
 from test_parity_transformers import build, load_hf
 from torch import Tensor
+from transformers import AutoConfig
 
 from tenfold.checkpoint import families as ours_families
 from tenfold.checkpoint import load_model, save_model
+from tenfold.checkpoint.families import family_for
 from tenfold.config import ModelConfig
 from tenfold.engine.kv_cache import new_kv_cache
+from tenfold.errors import TenfoldError
 from tenfold.model.transformer import Transformer
 
 CONFIGS = [(family, seed) for family in FAMILIES for seed in range(6)]
@@ -123,3 +129,73 @@ def test_every_published_family_is_tested() -> None:
     published = {family.model_type for family in ours_families.FAMILIES} - {"tenfold"}
     published.remove("switch_transformers")  # an encoder-decoder: tests/test_switch.py
     assert set(FAMILIES) == published
+
+
+PASSED_OVER = {"model_type", "bos_token_id", "eos_token_id", "pad_token_id", "num_nextn_predict_layers"}
+"""Special tokens are named by the tokenizer too; a predictor that a config does not mention is left out."""
+SHOWN = {"num_attention_heads", "num_key_value_heads", "q_lora_rank"}
+"""Wrong guesses at these do not go unnoticed: tensors have other shapes."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_field_left_out_is_what_transformers_takes(family: str) -> None:
+    """Or its absence is refused."""
+    config = ModelConfig(**random_fields(family, 3))
+    ours = family_for(config)
+    raw, read = ours.to_hf(config), 0
+    for name in sorted(raw.keys() - PASSED_OVER - SHOWN):
+        rope = {"rope_parameters", "rope_scaling", "rope_theta"}
+        left = {field: raw[field] for field in raw.keys() - (rope if name in rope else {name})}
+        left["model_type"] = family
+        try:
+            theirs = ours.from_hf(AutoConfig.for_model(**copy.deepcopy(left)).to_dict(), "theirs")
+            mine = ours.from_hf(left, "ours")
+        except (TenfoldError, StrictDataclassError):
+            continue
+        for layer in range(mine.num_hidden_layers):
+            assert mine.window(layer) == theirs.window(layer), f"window without {name}"
+        for field in ModelConfig.model_fields.keys() - PASSED_OVER - {"sliding_window", "layer_types"}:
+            assert getattr(mine, field) == getattr(theirs, field), f"{field} without {name}"
+        read += 1
+    assert read > 5
+
+
+def test_the_older_name_of_rope_scaling_counts() -> None:
+    """As in transformers, where a config has both: what people add to change a context length."""
+    config = ModelConfig(**random_fields("llama", 0) | {"rope_scaling": None})
+    stretched = family_for(config).to_hf(config) | {"rope_scaling": {"type": "linear", "factor": 4.0}}
+    theirs = AutoConfig.for_model(**copy.deepcopy(stretched))
+    assert theirs.rope_parameters["rope_type"] == "linear"
+    read = family_for(config).from_hf(stretched, "x").rope_scaling
+    assert read is not None and (read.rope_type, read.factor) == ("linear", 4.0)
+
+
+@torch.no_grad()
+def test_a_mistral_that_slides_in_some_layers_is_a_ministral(tmp_path: Path) -> None:
+    ours = build(random_fields("mistral", 0) | {"num_hidden_layers": 2, "sliding_window": 3})
+    save_model(ours, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["layer_types"] = ["full_attention", "sliding_attention"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    ids = ids_for(ours.config)
+    close(load_model(tmp_path / "m")(ids), load_hf(tmp_path / "m")(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_shared_experts_are_not_left_out_unsaid(family: str, tmp_path: Path) -> None:
+    save_model(build(random_fields(family, 0)), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"n_shared_experts": 0}))
+    with pytest.raises(TenfoldError, match=r"tensor .*shared_experts.* has no place in"):
+        load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_a_last_layer_is_not_left_out_unsaid(family: str, tmp_path: Path) -> None:
+    """It stands where a predictor would."""
+    three = {"num_hidden_layers": 3, "mlp_only_layers": (), "num_nextn_predict_layers": 0}
+    save_model(build(random_fields(family, 0) | three), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(TenfoldError, match=r"tensor model.layers.2.* has no place in"):
+        load_model(tmp_path / "m")

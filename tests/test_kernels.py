@@ -175,3 +175,13 @@ def test_autocast_multiplies_in_bfloat16() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = grouped_mm.experts(x, gate_up, down, ids, weights)
     assert out.dtype == torch.bfloat16
+
+
+def test_float64_of_whole_rows() -> None:
+    """torch's grouped_mm would refuse it."""
+    torch.manual_seed(0)
+    x, gate_up, down = torch.randn(4, 8), torch.randn(2, 16, 8), torch.randn(2, 8, 8)
+    ids, weights = torch.tensor([[0], [1], [0], [1]]), torch.rand(4, 1)
+    doubles = [t.double() for t in (x, gate_up, down)]
+    out = grouped_mm.experts(*doubles, ids, weights.double())
+    torch.testing.assert_close(out, reference.experts(*doubles, ids, weights.double()))

@@ -24,6 +24,7 @@ app = App(
     name="tenfold",
     help="Sparse (Mixture-of-Experts) language models, from training to running, with an honest meter.",
     version_flags=[],
+    help_format="plaintext",
 )
 
 Flat = Parameter(name="*")

@@ -40,8 +40,10 @@ def _open_directory(directory: Path) -> Checkpoint:
     tensors = weights.list_tensors(directory)
     config = family.present(config, tensors)
     slots = family.tensor_map(config)
-    for name in set(tensors) - set(slots):
-        if family.is_redundant(config, name):
+    names = set(tensors)
+    for name in names - set(slots):
+        # transformers writes shared experts of width zero
+        if family.is_redundant(config, name, names) or 0 in tensors[name].shape:
             del tensors[name]
     return Checkpoint(config, slots, tensors, f"the {family.architecture} of {directory / 'config.json'}")
 

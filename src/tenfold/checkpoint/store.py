@@ -11,6 +11,7 @@ from torch import Tensor
 from tenfold.checkpoint import load_config, safetensors
 from tenfold.checkpoint.families import Family, family_for
 from tenfold.checkpoint.opening import Checkpoint, open_checkpoint
+from tenfold.checkpoint.quantized import FLOATS
 from tenfold.checkpoint.slot import Slot
 from tenfold.checkpoint.stored import Stored
 from tenfold.config import ModelConfig
@@ -34,6 +35,8 @@ def load_model(
     Router biases stay float32 whatever `dtype` is. Raises TenfoldError naming the file and tensor for
     anything missing, left over or misshapen.
     """
+    if dtype not in FLOATS:
+        raise TenfoldError(f"cannot load as {dtype}, only {', '.join(map(str, FLOATS))}")
     checkpoint = open_checkpoint(resolve(path_or_id))
     model = _unallocated(checkpoint)
     for parameter in model.parameters():

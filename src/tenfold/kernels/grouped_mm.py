@@ -103,10 +103,10 @@ def _grouped_linear(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
     """x[run of e] @ weight[e].T for every expert e: (n, i), (E, o, i) -> (n, o).
 
     torch's grouped_mm is as fast as one matmul an expert on the CPU and faster on CUDA (LOG.md),
-    but takes only rows of a multiple of 16 bytes.
+    but takes only rows of a multiple of 16 bytes, and no float64.
     """
     rows = (weight.shape[1] * weight.itemsize, weight.shape[2] * weight.itemsize)
-    if len(x) and all(row % ROW_BYTES == 0 for row in rows):
+    if len(x) and x.dtype != torch.float64 and all(row % ROW_BYTES == 0 for row in rows):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends_E.int())
     runs = x.tensor_split(ends_E[:-1].cpu())
     return torch.cat([run @ matrix.T for run, matrix in zip(runs, weight, strict=True)])

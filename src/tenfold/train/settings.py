@@ -7,8 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
-from tenfold.presets import load_preset
-from tenfold.switch_config import decoder_only
 
 _OVERRIDES: dict[str, Any] = {
     name: (field.annotation | None, Field(None, description=field.description))  # type: ignore[operator]
@@ -131,6 +129,9 @@ def resolve_config(settings: TrainSettings) -> ModelConfig:
 
 
 def _of_preset(settings: TrainSettings) -> ModelConfig:
+    from tenfold.presets import load_preset  # families and readers, which --help can do without
+    from tenfold.switch_config import decoder_only
+
     preset = decoder_only(load_preset(settings.preset), f"preset {settings.preset}").model_dump()
     return ModelConfig.parse(preset | settings.model.model_dump(exclude_none=True), "model")
 
@@ -138,6 +139,7 @@ def _of_preset(settings: TrainSettings) -> ModelConfig:
 def _of_init(settings: TrainSettings, init: str) -> ModelConfig:
     from tenfold.checkpoint.opening import open_checkpoint
     from tenfold.hub import resolve
+    from tenfold.switch_config import decoder_only
 
     if settings.model.model_fields_set:
         raise TenfoldError("model: the model that init names has its shape; leave the overrides out")

@@ -19,6 +19,7 @@ from tenfold.checkpoint.families.qwen3 import QWEN3
 from tenfold.checkpoint.families.qwen3_moe import QWEN3_MOE
 from tenfold.checkpoint.families.switch import SWITCH
 from tenfold.config import ModelConfig
+from tenfold.config_checks import problems
 from tenfold.errors import TenfoldError, nearest
 from tenfold.switch_config import AnyConfig, SwitchConfig
 
@@ -75,6 +76,8 @@ def why_native(config: ModelConfig) -> str:
         if name == "num_experts":
             continue  # every dense model of the usual shape has a family: that would be no reason
         usual = config.model_copy(update={name: info.default})
+        if next(problems(usual), None) is not None:
+            continue  # it only holds together with another field
         if any(family.fits(usual) for family in FAMILIES if family is not NATIVE):
             return f"{name} {getattr(config, name)}"
     return "this combination of options"

@@ -114,10 +114,16 @@ def experts(config: ModelConfig, prefix: str, gate: str, up: str, down: str) -> 
     return slots
 
 
-def is_redundant(config: ModelConfig, name: str) -> bool:
+def is_redundant(config: ModelConfig, name: str, _: Collection[str] = ()) -> bool:
     """Tensors that published checkpoints may hold and the model does not need."""
     tied_head = config.tie_word_embeddings and name == "lm_head.weight"
     return tied_head or name.endswith("rotary_emb.inv_freq")
+
+
+def in_predictor(config: ModelConfig, name: str, names: Collection[str]) -> bool:
+    """Of the module after the last layer, which `eh_proj` tells from a layer that the config leaves out."""
+    after_last = f"model.layers.{config.num_hidden_layers}."
+    return name.startswith(after_last) and f"{after_last}eh_proj.weight" in names
 
 
 def as_it_is(config: AnyConfig, _: Collection[str]) -> AnyConfig:
@@ -142,7 +148,8 @@ class Family:
     from_hf: Callable[[dict[str, Any], str], AnyConfig]
     """The reverse; a TenfoldError names the source and what tenfold does not model."""
     tensor_map: Callable[[Any], SlotMap] = tensor_map
-    is_redundant: Callable[[Any, str], bool] = is_redundant
+    is_redundant: Callable[[Any, str, Collection[str]], bool] = is_redundant
+    """Whether the model does not need a tensor, of a file that holds all of these names."""
     present: Callable[[Any, Collection[str]], AnyConfig] = as_it_is
     """The config less the optional modules that these tensor names leave out."""
 
@@ -255,6 +262,9 @@ def written_window(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+WINDOW_LEFT_OUT = 4096
+"""`sliding_window` of a Mistral or Qwen config without the field, as in transformers; null is none."""
+
 _NO_SCALING = ("type", "rope_theta", "partial_rotary_factor")
 """Keys of a rope dictionary that describe no scaling."""
 
@@ -267,7 +277,8 @@ class HfReader:
         self.source = source
         self.only("hidden_act", "silu")
         weight_block_size(raw, source)  # refuses other ways to quantise
-        self.rope = {**self._rope_dict("rope_parameters"), **self._rope_dict("rope_scaling")}
+        parameters, scaling = self._rope_dict("rope_parameters"), self._rope_dict("rope_scaling")
+        self.rope = scaling or parameters  # the older name counts where both are there, as in transformers
 
     def fail(self, name: str, accepted: str) -> NoReturn:
         given = self.raw.get(name)
@@ -329,14 +340,14 @@ class HfReader:
 
         `slides(layer, max_window_layers)` says in which layers, where `layer_types` does not.
         """
-        raw = self.raw
-        if not raw.get("use_sliding_window") or raw.get("sliding_window") is None:
+        window = self.raw.get("sliding_window", WINDOW_LEFT_OUT)
+        if not self.raw.get("use_sliding_window") or window is None:
             return {}
         first = self.count("max_window_layers", default=28)
         listed = self.layer_types(lambda layer: slides(layer, first))
         if "sliding_attention" not in listed:
             return {}
-        return {"sliding_window": raw["sliding_window"], "layer_types": tuple(listed)}
+        return {"sliding_window": window, "layer_types": tuple(listed)}
 
     def build(self, **fields: Any) -> ModelConfig:
         """The shared fields and the family's own, validated."""

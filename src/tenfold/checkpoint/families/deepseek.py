@@ -34,6 +34,16 @@ OPTIONS = (
 )
 
 
+_V3_DEFAULTS = {
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+}
+"""What transformers takes for a field that is left out, where a wrong guess would go unnoticed."""
+
+
 def suits(config: ModelConfig) -> bool:
     """Latent attention, and dense layers only at the bottom."""
     return (
@@ -113,7 +123,7 @@ def _from_hf(reader: HfReader, **fields: Any) -> ModelConfig:
 
 
 def v2_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
-    reader = HfReader(raw, source)
+    reader = HfReader({"n_shared_experts": 2, **raw}, source)
     reader.only("topk_method", "greedy", "group_limited_greedy")
     reader.only("scoring_func", "softmax")
     reader.only("norm_topk_prob", False)
@@ -131,7 +141,8 @@ def v2_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
 
 
 def v3_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
-    reader = HfReader(raw, source)
+    reader = HfReader({**_V3_DEFAULTS, **raw}, source)
+    raw = reader.raw
     reader.only("topk_method", "noaux_tc")
     reader.only("scoring_func", "sigmoid")
     return _from_hf(
@@ -177,12 +188,10 @@ def v3_present(config: ModelConfig, names: Collection[str]) -> ModelConfig:
     return config.model_copy(update={"num_nextn_predict_layers": 0})
 
 
-def is_redundant(config: ModelConfig, name: str) -> bool:
-    """A predictor that the config does not mention; shared experts of width zero."""
-    after_last = name.startswith(f"model.layers.{config.num_hidden_layers}.")
-    ahead = after_last and not config.num_nextn_predict_layers
-    empty = not config.n_shared_experts and ".shared_experts." in name
-    return ahead or empty or common.is_redundant(config, name)
+def v3_is_redundant(config: ModelConfig, name: str, names: Collection[str]) -> bool:
+    """With a predictor that the config does not mention."""
+    ahead = not config.num_nextn_predict_layers and common.in_predictor(config, name, names)
+    return ahead or common.is_redundant(config, name)
 
 
 DEEPSEEK_V2 = Family(
@@ -192,7 +201,6 @@ DEEPSEEK_V2 = Family(
     v2_suits,
     v2_to_hf,
     v2_from_hf,
-    is_redundant=is_redundant,
 )
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
@@ -202,6 +210,6 @@ DEEPSEEK_V3 = Family(
     v3_to_hf,
     v3_from_hf,
     v3_tensor_map,
-    is_redundant,
+    v3_is_redundant,
     v3_present,
 )

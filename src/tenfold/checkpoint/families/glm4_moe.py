@@ -1,5 +1,6 @@
 """GLM-4.5 (arXiv:2508.06471): DeepSeek-V3's router, shared experts, grouped-query attention."""
 
+from collections.abc import Collection
 from typing import Any
 
 from tenfold.checkpoint.families import common
@@ -61,11 +62,9 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     )
 
 
-def is_redundant(config: ModelConfig, name: str) -> bool:
-    """An extra layer that predicts the token after next; shared experts of width zero."""
-    extra_layer = name.startswith(f"model.layers.{config.num_hidden_layers}.")
-    empty = not config.n_shared_experts and ".shared_experts." in name
-    return extra_layer or empty or common.is_redundant(config, name)
+def is_redundant(config: ModelConfig, name: str, names: Collection[str]) -> bool:
+    """With the layer that predicts the token after next."""
+    return common.in_predictor(config, name, names) or common.is_redundant(config, name)
 
 
 GLM4_MOE = Family(

@@ -24,6 +24,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_DEFAULTS = {
+    "head_dim": 64,
+    "sliding_window": 128,
+    "rope_theta": 150000.0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+}
+"""What transformers takes for a field that is left out, where a wrong guess would go unnoticed."""
+
+
 def suits(config: ModelConfig) -> bool:
     return (
         routes_by_softmax(config)
@@ -51,7 +67,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
-    reader = HfReader(raw, source)
+    reader = HfReader({**_DEFAULTS, **raw}, source)
+    raw = reader.raw
     reader.only("swiglu_limit", 7.0)
     reader.only("swiglu_alpha", 1.702)
     biased = raw.get("attention_bias", True)
@@ -68,7 +85,7 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
         moe_bias=True,
         router="topk_softmax",
         num_experts=reader.need("num_local_experts"),
-        num_experts_per_tok=reader.need("num_experts_per_tok", "experts_per_token"),
+        num_experts_per_tok=reader.need("num_experts_per_tok"),
         moe_intermediate_size=reader.need("intermediate_size"),
     )
 

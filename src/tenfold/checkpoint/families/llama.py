@@ -5,6 +5,7 @@ from typing import Any
 from tenfold.checkpoint.families.common import (
     BIASES,
     WINDOW,
+    WINDOW_LEFT_OUT,
     Family,
     HfReader,
     biases_all_or_none,
@@ -63,7 +64,8 @@ def mistral_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
         model_type="mistral",
         intermediate_size=reader.need("intermediate_size"),
         qk_norm="none",
-        sliding_window=raw.get("sliding_window"),
+        sliding_window=raw.get("sliding_window", WINDOW_LEFT_OUT),
+        layer_types=raw.get("layer_types") or (),  # with which transformers takes it for a Ministral
     )
 
 

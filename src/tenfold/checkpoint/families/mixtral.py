@@ -42,6 +42,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
+    raw = {"rope_theta": 1e6, **raw}  # transformers' default, unlike other families'
     reader = HfReader(raw, source)
     return reader.build(
         model_type="mixtral",

@@ -1,5 +1,6 @@
 """Switch Transformers (arXiv:2101.03961): T5's encoder-decoder with top-1 experts."""
 
+from collections.abc import Collection
 from typing import Any
 
 from tenfold.checkpoint.families.common import Family, HfReader
@@ -116,7 +117,7 @@ def _sparse_mlp(config: SwitchConfig, theirs: str, ours: str) -> SlotMap:
     return slots
 
 
-def is_redundant(config: SwitchConfig, name: str) -> bool:
+def is_redundant(config: SwitchConfig, name: str, _: Collection[str]) -> bool:
     """Copies of the tied embedding, and a table of old checkpoints that cross-attention never used."""
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
     tied_copy = config.tie_word_embeddings and name in copies
