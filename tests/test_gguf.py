@@ -286,6 +286,8 @@ BAD_METADATA = {
         {"llama.rope.scaling.type": "longrope"},
         "scaling.type 'longrope' is not supported, only none",
     ),
+    "two ways": ({"llama.attention.causal": False}, "llama.attention.causal False .* only True"),
+    "attention factor": ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor 1.5 .* only 1.0"),
     "yarn": (
         {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
         "key llama.rope.scaling.original_context_length is missing",

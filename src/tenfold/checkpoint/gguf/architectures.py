@@ -35,6 +35,8 @@ def _shared(fields: Fields) -> dict[str, Any]:
     vocab_size, layers = fields.rows("token_embd.weight"), fields.whole("block_count")
     if layers > len(fields.tensors):
         fields.fail("block_count", f"as many as its {len(fields.tensors)} tensors can make up")
+    fields.only("attention.causal", True)  # llama.cpp heeds both for every architecture
+    fields.only("rope.scaling.attn_factor", 1.0)
     ends = [fields.token(name, vocab_size) for name in ("eos", "eot", "eom")]
     eos = tuple(dict.fromkeys(token for token in ends if token is not None))
     return {
