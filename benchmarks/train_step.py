@@ -4,11 +4,11 @@
 
 One step is forward, cross-entropy, balance losses, backward and optimizer, on fresh windows of the
 standard library's source, at the demo's shape, batch and precision. Two comparisons, one after the
-other; within each the sides take turns in every round, and medians are compared. First the sparse
-model against its dense twins, with Muon, as the demo trains. Then against transformers, with AdamW on
-both sides: its eager and grouped_mm experts run, with its own auxiliary loss, and the faster counts (its
-batched_mm, which copies an expert for every token, was twenty times slower: LOG.md). Both sides get
-the allocator setting that tenfold trains with.
+other; within each the sides take turns in every round, forwards and backwards, and medians are compared.
+First the sparse model against its dense twins, with Muon, as the demo trains. Then against transformers,
+with AdamW on both sides: its eager and grouped_mm experts run, with its own auxiliary loss, and the
+faster counts (its batched_mm, which copies an expert for every token, was twenty times slower: LOG.md).
+Both sides get the allocator setting that tenfold trains with.
 """
 
 import argparse
@@ -82,7 +82,8 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + WARM_UP):
         inputs, targets = order.batch(turn * settings.batch_size, settings.batch_size)
-        for name, step in steps.items():
+        # Whoever follows a larger model finds colder caches: every other round goes backwards.
+        for name, step in [*steps.items()][:: -1 if turn % 2 else 1]:
             start = time.perf_counter()
             step(inputs, targets)
             seconds[name].append(time.perf_counter() - start)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ from tenfold.model.transformer import Transformer
 CONFIGS = [(family, seed) for family in FAMILIES for seed in range(6)]
 PROMPT = 13
 each = pytest.mark.parametrize(("family", "seed"), CONFIGS, ids=[f"{f}-{s}" for f, s in CONFIGS])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ids_for(config: ModelConfig, batch: int = 2, length: int = PROMPT) -> Tensor:

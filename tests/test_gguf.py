@@ -1,6 +1,5 @@
 """Models in GGUF files: the same numbers as the model that was written, and as transformers."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from tenfold.model.rope import rope_tables
 
 CONFIGS = [(family, seed) for family in ARCHITECTURES for seed in range(6)]
 each = pytest.mark.parametrize(("family", "seed"), CONFIGS, ids=[f"{f}-{s}" for f, s in CONFIGS])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

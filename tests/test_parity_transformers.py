@@ -1,7 +1,6 @@
 """tenfold and transformers compute the same function from the same files, both ways."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,15 +86,6 @@ CASES = {
     "glm-all-experts": ("glm4_moe", {**GLM, "num_experts_per_tok": 5}),
 }
 cases = pytest.mark.parametrize(("model_type", "fields"), CASES.values(), ids=CASES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are six times faster without threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(fields: dict, seed: int = 0) -> Transformer:

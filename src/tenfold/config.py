@@ -256,7 +256,8 @@ class ModelConfig(Counted, Parsed):
         """Forward FLOPs of one token that attends to `context` positions, fewer in sliding layers.
 
         Two per weight of every matrix that multiplies it, and two per attended position and
-        dimension of q·k and of p·v. Norms, activations and the softmax are left out, as is usual.
+        dimension of q·k and of p·v. Norms, activations and the softmax are left out, as is usual, and
+        latent attention is counted with its keys and values made, as in training.
         """
         attended = sum(min(context, self.window(n) or context) for n in range(self.num_hidden_layers))
         return self._matrix_flops() + 2 * (self.qk_width + self.value_width) * attended

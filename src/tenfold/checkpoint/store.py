@@ -15,6 +15,7 @@ from tenfold.checkpoint.quantized import FLOATS
 from tenfold.checkpoint.slot import Slot
 from tenfold.checkpoint.stored import Stored
 from tenfold.config import ModelConfig
+from tenfold.device import pick_device
 from tenfold.errors import TenfoldError
 from tenfold.files import new_folder, write_json
 from tenfold.hub import resolve
@@ -37,6 +38,7 @@ def load_model(
     """
     if dtype not in FLOATS:
         raise TenfoldError(f"cannot load as {dtype}, only {', '.join(map(str, FLOATS))}")
+    device = pick_device(str(device))
     checkpoint = open_checkpoint(resolve(path_or_id))
     model = _unallocated(checkpoint)
     for parameter in model.parameters():

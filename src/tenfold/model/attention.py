@@ -26,6 +26,12 @@ class Place(NamedTuple):
     sin: Tensor
     mask: Tensor | None
     """As `attend.visible` makes it."""
+    last: int | None
+    """How many of the last keys a single new token sees; None is all that `mask` allows."""
+
+    def seen(self, keys: Tensor) -> Tensor:
+        """Of keys or values (B, H_kv, T, width), those within reach."""
+        return keys if self.last is None else keys[:, :, -self.last :]
 
 
 class Attention(nn.Module):
@@ -60,7 +66,7 @@ class Attention(nn.Module):
         query, key = (apply_rope(t.transpose(1, 2), place.cos, place.sin, interleave) for t in (query, key))
         value = value.transpose(1, 2)
         if cache is not None:
-            key, value = cache.update(key, value)
+            key, value = map(place.seen, cache.update(key, value))
         out = attend(query, key, value, self.scale, place.mask, self.sinks)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected

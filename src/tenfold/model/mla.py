@@ -37,7 +37,7 @@ class LatentAttention(nn.Module):
         shared = self._shared_key(x_BSD, place)
         new = shared.shape[2]
         if cache is not None:
-            shared, _ = cache.update(shared, shared[..., :0])
+            shared = place.seen(cache.update(shared, shared[..., :0])[0])
         attend_to = self._attend_expanded if shared.shape[2] == new else self._attend_latent
         out = attend_to(query, query_rope, shared, place.mask)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))

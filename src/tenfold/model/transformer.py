@@ -146,4 +146,7 @@ class Transformer(nn.Module):
             positions = (real_BT.cumsum(-1) - 1).clamp(min=0)[:, start:]
         cos, sin = rope_tables(self.config, positions)
         windows = {self.config.window(n) for n in range(self.config.num_hidden_layers)}
-        return {w: Place(cos, sin, visible(new, start + new, w, real_BT, device)) for w in windows}
+        if new == 1 and real_BT is None:  # decoding: keys out of reach are not even read
+            return {window: Place(cos, sin, None, window) for window in windows}
+        masks = {window: visible(new, start + new, window, real_BT, device) for window in windows}
+        return {window: Place(cos, sin, mask, None) for window, mask in masks.items()}

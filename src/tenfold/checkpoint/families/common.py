@@ -276,6 +276,7 @@ class HfReader:
         self.raw = raw
         self.source = source
         self.only("hidden_act", "silu")
+        self.only("is_causal", True)
         weight_block_size(raw, source)  # refuses other ways to quantise
         parameters, scaling = self._rope_dict("rope_parameters"), self._rope_dict("rope_scaling")
         self.rope = scaling or parameters  # the older name counts where both are there, as in transformers
