@@ -87,7 +87,7 @@ def expert_load(experts: dict[str, Any]) -> str:
         image = axis.imshow(load, aspect="auto", cmap="magma", vmin=0, vmax=max(2.0, load.max()))
         axis.set_yticks(range(len(load)), [f"layer {layer}" for layer in experts["layers"]])
         axis.set_xlabel("expert")
-        figure.colorbar(image, label="load (1 = fair share)")
+        figure.colorbar(image, label="load (fair = 1)")
         return svg(figure)
 
 
