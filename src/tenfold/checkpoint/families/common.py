@@ -76,17 +76,23 @@ def _latent_attention(config: ModelConfig, prefix: str) -> SlotMap:
 
 
 def dense_mlp(config: ModelConfig, prefix: str) -> SlotMap:
-    return swiglu(prefix, ours(prefix), config.intermediate_size, config.mlp_bias)
+    return swiglu(hf_names(prefix), ours(prefix), config.intermediate_size, config.mlp_bias)
 
 
-def swiglu(prefix: str, our_prefix: str, width: int, bias: bool) -> SlotMap:
-    """A dense feed-forward; gate and up are the two halves of ours."""
+def hf_names(prefix: str) -> tuple[str, str, str]:
+    """Of gate, up and down."""
+    return f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj"
+
+
+def swiglu(names: tuple[str, str, str], our_prefix: str, width: int, bias: bool) -> SlotMap:
+    """A dense feed-forward whose gate, up and down are called so; ours has gate and up in one."""
+    gate, up, down = names
     slots = {}
     for kind in ["weight"] + ["bias"] * bias:
         gate_up = f"{our_prefix}.gate_up.{kind}"
-        slots[f"{prefix}.gate_proj.{kind}"] = Slot(gate_up, part(slice(0, width)))
-        slots[f"{prefix}.up_proj.{kind}"] = Slot(gate_up, part(slice(width, 2 * width)))
-        slots[f"{prefix}.down_proj.{kind}"] = Slot(f"{our_prefix}.down.{kind}")
+        slots[f"{gate}.{kind}"] = Slot(gate_up, part(slice(0, width)))
+        slots[f"{up}.{kind}"] = Slot(gate_up, part(slice(width, 2 * width)))
+        slots[f"{down}.{kind}"] = Slot(f"{our_prefix}.down.{kind}")
     return slots
 
 
@@ -99,7 +105,7 @@ def sparse_mlp(config: ModelConfig, prefix: str) -> SlotMap:
     slots |= experts(config, prefix, "gate_proj", "up_proj", "down_proj")
     if config.shared_width:
         shared = f"{mlp}.shared_experts"
-        slots |= swiglu(f"{prefix}.shared_experts", shared, config.shared_width, config.mlp_bias)
+        slots |= swiglu(hf_names(f"{prefix}.shared_experts"), shared, config.shared_width, config.mlp_bias)
     return slots
 
 
@@ -329,6 +335,11 @@ class HfReader:
         """Attention heads, where every one has its own key may go unsaid."""
         kv_heads = self.raw.get("num_key_value_heads") or self.need("num_attention_heads")
         return {"num_key_value_heads": kv_heads, "head_dim": self.head_dim()}
+
+    def biases(self, default: bool = False) -> dict[str, Any]:
+        """For families whose `attention_bias` is on q, k, v and the output alike."""
+        biased = self.raw.get("attention_bias", default)
+        return {"attention_bias": biased, "attention_out_bias": biased}
 
     def no_head_dim(self) -> int:
         """The heads' even share, for families that have no head_dim: another value is refused."""

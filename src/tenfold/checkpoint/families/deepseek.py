@@ -102,12 +102,10 @@ def v3_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _from_hf(reader: HfReader, **fields: Any) -> ModelConfig:
     raw = reader.raw
     reader.only("moe_layer_freq", 1)
-    biased = raw.get("attention_bias", False)
     return reader.build(
         intermediate_size=reader.need("intermediate_size"),
         qk_norm="none",
-        attention_bias=biased,
-        attention_out_bias=biased,
+        **reader.biases(),
         num_key_value_heads=reader.need("num_attention_heads"),
         head_dim=reader.need("qk_rope_head_dim"),
         **{name: reader.need(name) for name in LATENT if name != "q_lora_rank"},

@@ -71,13 +71,11 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     raw = reader.raw
     reader.only("swiglu_limit", 7.0)
     reader.only("swiglu_alpha", 1.702)
-    biased = raw.get("attention_bias", True)
     return reader.build(
         model_type="gpt_oss",
         intermediate_size=0,
         qk_norm="none",
-        attention_bias=biased,
-        attention_out_bias=biased,
+        **reader.biases(default=True),
         attention_sinks=True,
         sliding_window=raw.get("sliding_window"),
         layer_types=tuple(reader.layer_types(lambda layer: layer % 2 == 0)),

@@ -49,14 +49,12 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     reader = HfReader(raw, source)
-    biased = raw.get("attention_bias", False)
     return reader.build(
         model_type="granitemoe",
         intermediate_size=0,
         head_dim=reader.no_head_dim(),
         qk_norm="none",
-        attention_bias=biased,
-        attention_out_bias=biased,
+        **reader.biases(),
         attention_multiplier=raw.get("attention_multiplier", 1.0),
         **{name: raw.get(name, 1.0) for name in MULTIPLIERS},
         router="topk_softmax",

@@ -35,13 +35,11 @@ def llama_to_hf(config: ModelConfig) -> dict[str, Any]:
 def llama_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     reader = HfReader(raw, source)
     reader.only("pretraining_tp", 1)
-    biased = raw.get("attention_bias", False)
     return reader.build(
         model_type="llama",
         intermediate_size=reader.need("intermediate_size"),
         qk_norm="none",
-        attention_bias=biased,
-        attention_out_bias=biased,
+        **reader.biases(),
         mlp_bias=raw.get("mlp_bias", False),
     )
 

@@ -44,14 +44,12 @@ def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     reader.only("clip_qkv")
     reader.only("sliding_window")
     reader.only("partial_rotary_factor", 1)
-    biased = raw.get("attention_bias", False)
     return reader.build(
         model_type="olmoe",
         intermediate_size=0,
         head_dim=reader.no_head_dim(),
         qk_norm="full",
-        attention_bias=biased,
-        attention_out_bias=biased,
+        **reader.biases(),
         num_experts=reader.need("num_experts", "num_local_experts"),
         num_experts_per_tok=reader.need("num_experts_per_tok"),
         moe_intermediate_size=reader.need("intermediate_size"),

@@ -29,14 +29,12 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     reader = HfReader(raw, source)
     reader.only("partial_rotary_factor", 1)
-    biased = raw.get("attention_bias", False)
     return reader.build(
         model_type="qwen3",
         intermediate_size=reader.need("intermediate_size"),
         head_dim=reader.need("head_dim"),
         qk_norm="head",
-        attention_bias=biased,
-        attention_out_bias=biased,
+        **reader.biases(),
         **reader.optional_window(lambda layer, first: layer >= first),
     )
 

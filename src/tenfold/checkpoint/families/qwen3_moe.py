@@ -46,13 +46,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     reader = HfReader(raw, source)
     reader.only("partial_rotary_factor", 1)
-    biased = raw.get("attention_bias", False)
     return reader.build(
         model_type="qwen3_moe",
         intermediate_size=reader.need("intermediate_size"),
         qk_norm="head",
-        attention_bias=biased,
-        attention_out_bias=biased,
+        **reader.biases(),
         sliding_window=raw.get("sliding_window", WINDOW_LEFT_OUT) if raw.get("use_sliding_window") else None,
         num_experts=reader.need("num_experts", "num_local_experts"),
         num_experts_per_tok=reader.need("num_experts_per_tok"),

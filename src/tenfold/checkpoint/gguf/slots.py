@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from tenfold.checkpoint.families.common import swiglu
 from tenfold.checkpoint.gguf.rope import FACTORS
 from tenfold.checkpoint.slot import Slot, SlotMap, part
 from tenfold.checkpoint.stored import Stored
@@ -91,13 +92,8 @@ def _split_kv_b(config: ModelConfig, theirs: str, name: str) -> SlotMap:
 
 
 def _swiglu(theirs: str, suffix: str, ours: str, width: int, bias: bool) -> SlotMap:
-    slots = {}
-    for kind in ["weight"] + ["bias"] * bias:
-        gate_up = f"{ours}.gate_up.{kind}"
-        slots[f"{theirs}.ffn_gate{suffix}.{kind}"] = Slot(gate_up, part(slice(0, width)))
-        slots[f"{theirs}.ffn_up{suffix}.{kind}"] = Slot(gate_up, part(slice(width, 2 * width)))
-        slots[f"{theirs}.ffn_down{suffix}.{kind}"] = Slot(f"{ours}.down.{kind}")
-    return slots
+    names = (f"{theirs}.ffn_gate{suffix}", f"{theirs}.ffn_up{suffix}", f"{theirs}.ffn_down{suffix}")
+    return swiglu(names, ours, width, bias)
 
 
 def _sparse(config: ModelConfig, theirs: str, ours: str, fused: bool) -> SlotMap:
