@@ -190,6 +190,13 @@ def test_llamas_words_that_are_tokens_need_no_merges() -> None:
         assert tokenizer_from_gguf(metadata, "x.gguf").encode("abc") == ids
 
 
+def test_an_empty_token_is_no_special_token() -> None:
+    metadata = byte_level()
+    place = metadata[KEY + "tokens"].index("<|im_start|>")
+    metadata[KEY + "tokens"][place], metadata[KEY + "token_type"][place] = "", NORMAL
+    assert place not in tokenizer_from_gguf(metadata, "x.gguf").encode("the cat sat on the mat")
+
+
 def test_special_tokens_and_templates() -> None:
     count = len(byte_level()[KEY + "tokens"])
     template = {"tokenizer.chat_template": "{{ bos_token }}", "tokenizer.chat_template.tool_use": "tools"}

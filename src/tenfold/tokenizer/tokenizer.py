@@ -155,7 +155,7 @@ def mark_special(raw: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
 def put_around(raw: tokenizers.Tokenizer, before: str | None, after: str | None) -> None:
     """Let `raw` put these special tokens around every text, where they are given and in its vocabulary."""
     tokens = {"before": before, "after": after}
-    found = {place: raw.token_to_id(text or "") for place, text in tokens.items()}
+    found = {place: raw.token_to_id(text) for place, text in tokens.items() if text is not None}
     ids = {place: token for place, token in found.items() if token is not None}
     raw.post_processor = processors.TemplateProcessing(
         single=[piece for piece in ("before", "$A", "after") if piece == "$A" or piece in ids],
