@@ -11,7 +11,7 @@ from tenfold.checkpoint.quantization_config import weight_block_size
 from tenfold.checkpoint.raw import RawTensor
 from tenfold.checkpoint.stored import Stored
 from tenfold.errors import TenfoldError
-from tenfold.quantization import MXFP4_BLOCK, dequantize_fp8_blocks, dequantize_mxfp4
+from tenfold.quantization import BLOCK, dequantize_fp8_blocks, dequantize_mxfp4
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -91,8 +91,8 @@ def _fp8(raw: RawTensor, raw_scale: RawTensor, block_size: tuple[int, int]) -> S
 
 
 def _mxfp4(name: str, blocks: RawTensor, scales: RawTensor) -> Stored:
-    if len(blocks.shape) != 4 or blocks.shape[3] * 2 != MXFP4_BLOCK:
-        accepted = f"(experts, rows, blocks, {MXFP4_BLOCK // 2})"
+    if len(blocks.shape) != 4 or blocks.shape[3] * 2 != BLOCK:
+        accepted = f"(experts, rows, blocks, {BLOCK // 2})"
         raise TenfoldError(f"{blocks.file}: tensor {blocks.name} has shape {blocks.shape}, not {accepted}")
     _check_shape(scales, blocks.shape[:3], blocks)
     if scales.dtype != torch.uint8:
@@ -102,7 +102,7 @@ def _mxfp4(name: str, blocks: RawTensor, scales: RawTensor) -> Stored:
     def read(start: int, stop: int) -> Tensor:
         return dequantize_mxfp4(blocks.read(start, stop), scales.read(start, stop))
 
-    shape = (experts, count * MXFP4_BLOCK, rows)
+    shape = (experts, count * BLOCK, rows)
     return Stored(name, blocks.file, shape, "mxfp4", blocks.num_bytes + scales.num_bytes, read)
 
 
