@@ -10,8 +10,8 @@ import cyclopts
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 
-from tenfold.checkpoint.pack.settings import ExpertsFormat, Packing, RestFormat
 from tenfold.errors import TenfoldError
+from tenfold.formats import ExpertsFormat, Packing, RestFormat
 from tenfold.parsed import first_problem
 
 # Settings are classes whose annotations the parser reads: importing them must stay cheap.
