@@ -44,23 +44,23 @@ class RandomRows:
         """The weights that `panels` quantises: (rows, columns), float32."""
         return self.rows(columns)[self.order(name, rows)]
 
-    def panels(self, name: str, rows: int, columns: int, format: str) -> Tensor:
+    def panels(self, name: str, rows: int, columns: int, form: str) -> Tensor:
         """The matrix packed: uint8, `matrix_bytes` long, in memory of its own."""
         whole, rest = divmod(rows, PANEL_ROWS)
-        panels_PX = self._packed(columns, format)
-        out = torch.empty(matrix_bytes(format, rows, columns), dtype=torch.uint8)
+        panels_PX = self._packed(columns, form)
+        out = torch.empty(matrix_bytes(form, rows, columns), dtype=torch.uint8)
         out_PX = out.view(-1, panels_PX.shape[1])
         chosen = (_first_panel(name) + torch.arange(whole)) % len(panels_PX)
         torch.index_select(panels_PX, 0, chosen, out=out_PX[:whole])
         if rest:
-            out_PX[whole] = pack_matrix(self.matrix(name, rows, columns)[-rest:], format)
+            out_PX[whole] = pack_matrix(self.matrix(name, rows, columns)[-rest:], form)
         return out
 
-    def _packed(self, columns: int, format: str) -> Tensor:
-        if (columns, format) not in self._panels:
-            packed = pack_matrix(self.rows(columns), format)
-            self._panels[columns, format] = packed.view(-1, panel_bytes(format, columns))
-        return self._panels[columns, format]
+    def _packed(self, columns: int, form: str) -> Tensor:
+        if (columns, form) not in self._panels:
+            packed = pack_matrix(self.rows(columns), form)
+            self._panels[columns, form] = packed.view(-1, panel_bytes(form, columns))
+        return self._panels[columns, form]
 
 
 def _first_panel(name: str) -> int:
@@ -116,16 +116,16 @@ def _stays_float(name: str, shape: torch.Size) -> bool:
     return len(shape) < 2 or name.endswith(("bias", ".router.weight", ".shared_expert_gate.weight"))
 
 
-def _experts(source: RandomRows, config: ModelConfig, layer: str, format: str) -> PackedExperts:
+def _experts(source: RandomRows, config: ModelConfig, layer: str, form: str) -> PackedExperts:
     """Records of one layer: pairs of gate and up panels, then those of down, then zeros."""
     D, F = config.hidden_size, config.moe_intermediate_size
-    size = record_bytes(format, D, F)
+    size = record_bytes(form, D, F)
     records = torch.zeros(config.num_experts, size, dtype=torch.uint8)
     for expert, record in enumerate(records):
         name = f"{layer}.{expert}"
-        gate, up = (source.panels(f"{name}.{part}", F, D, format) for part in ("gate", "up"))
-        pairs = torch.stack([part.view(-1, panel_bytes(format, D)) for part in (gate, up)], dim=1).flatten()
-        down = source.panels(f"{name}.down", D, F, format)
+        gate, up = (source.panels(f"{name}.{part}", F, D, form) for part in ("gate", "up"))
+        pairs = torch.stack([part.view(-1, panel_bytes(form, D)) for part in (gate, up)], dim=1).flatten()
+        down = source.panels(f"{name}.down", D, F, form)
         record[: len(pairs)] = pairs
         record[len(pairs) : len(pairs) + len(down)] = down
-    return PackedExperts(records, format, D, F)
+    return PackedExperts(records, form, D, F)
