@@ -293,7 +293,7 @@ def test_bad_checkpoints(request: pytest.FixtureRequest, kind: str, harm: Any, m
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "awq"}, "quant_method 'awq' is not supported, only 'fp8' or 'mxfp4'"),
+        ({"quant_method": "awq"}, "quant_method 'awq' is not supported, only 'fp8', 'mxfp4' or 'tenfold'"),
         ({"bits": 4}, "quant_method None is not supported"),
         ("fp8", "quant_method 'fp8' is not supported, only"),
         ({"quant_method": "fp8"}, "weight_block_size None is not supported, only two whole numbers"),

@@ -4,7 +4,7 @@ import json as json_
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 # Settings are classes whose annotations the parser reads: importing them must stay cheap.
 from tenfold.bench.settings import BenchSettings
+from tenfold.checkpoint.pack.settings import ExpertsFormat, Packing, RestFormat
 from tenfold.errors import TenfoldError
 from tenfold.parsed import first_problem
 from tenfold.sampling import SamplingParams
@@ -29,6 +30,7 @@ app = App(
 
 Flat = Parameter(name="*")
 Json = Annotated[bool, Parameter(negative="", help="print one JSON object instead of a table")]
+Out = Annotated[Path, Parameter(name=("--out", "-o"))]
 Context = Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1))]
 Resume = Annotated[bool, Parameter(negative="", help="go on with the run that is in --out")]
 
@@ -170,7 +172,72 @@ def chat(
 
 
 @app.command
-def inspect(model: str, /, *, context: Context = 4096, json: Json = False) -> None:
+def pack(
+    model: str,
+    /,
+    *,
+    out: Out,
+    experts: ExpertsFormat = "q4",
+    rest: RestFormat = "q8",
+    json: Json = False,
+) -> None:
+    """Shrink a model, and lay it out for running.
+
+    After an interruption, the same command goes on where it was.
+
+    Parameters
+    ----------
+    model
+        directory or GGUF file of a model, or its id on the Hugging Face hub (owner/name)
+    out
+        directory to make
+    experts
+        format of the routed experts
+    rest
+        format of every other matrix
+    """
+    from tenfold.checkpoint.pack.packing import pack as run
+
+    _print_table(run(model, out, Packing(experts=experts, rest=rest)), "packed", json)
+
+
+@app.command
+def unpack(
+    model: str,
+    /,
+    *,
+    out: Out,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    json: Json = False,
+) -> None:
+    """Turn a packed model back into a plain Hugging Face checkpoint.
+
+    Parameters
+    ----------
+    model
+        directory of a packed model
+    out
+        directory to make
+    dtype
+        of the weights that are written
+    """
+    import torch
+
+    from tenfold.checkpoint.pack.unpack import unpack as run
+
+    family = run(model, out, getattr(torch, dtype))
+    _print_table({"out": str(out), "architecture": family.architecture, "dtype": dtype}, "unpacked", json)
+
+
+@app.command
+def inspect(
+    model: str,
+    /,
+    *,
+    context: Context = 4096,
+    verify: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> None:
     """Count a model's parameters, FLOPs and bytes, and what its files hold.
 
     Parameters
@@ -179,11 +246,13 @@ def inspect(model: str, /, *, context: Context = 4096, json: Json = False) -> No
         a preset, the directory or GGUF file of a model, or its id on the Hugging Face hub (owner/name)
     context
         positions a token attends to, for the FLOPs
+    verify
+        read a packed model whole, and check every record against its checksum
     """
     from tenfold.inspection import inspect as run
     from tenfold.inspection import tables
 
-    found = run(model, context)
+    found = run(model, context, verify)
     if json:
         print(json_.dumps(found))
         return

@@ -36,6 +36,12 @@ def read_json(path: Path) -> Any:
         raise TenfoldError(f"{path}: not readable as JSON ({error})") from None
 
 
+def refuse_existing(directory: Path) -> None:
+    """A TenfoldError if there is anything at `directory` but an empty folder."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise TenfoldError(f"{directory} is there already and is not an empty directory")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name once the block ends well, else goes away."""

@@ -15,11 +15,12 @@ from tenfold.errors import TenfoldError, nearest
 Part = Literal["model", "tokenizer", "config"]
 
 _CONFIG = ("config.json",)
-_TOKENIZER = (
-    *_CONFIG, "generation_config.json", "tokenizer.json", "tokenizer.model", "spiece.model",
+TOKENIZER_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "spiece.model",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "additional_chat_templates/*",
 )  # fmt: skip
+_TOKENIZER = (*_CONFIG, *TOKENIZER_FILES)
 _SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 _TORCH = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"

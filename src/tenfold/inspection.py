@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def inspect(model: str, context: int) -> dict[str, Any]:
+def inspect(model: str, context: int, verify: bool = False) -> dict[str, Any]:
     """`describe` for a preset, a directory, a GGUF file or a hub id, of which only the config is fetched.
 
-    For a file, or a directory with weights, `stored` too: what `_stored` counts.
+    For a file, or a directory with weights, `stored` too: what `_stored` counts. With `verify`, every
+    checksum of a packed directory is checked: `verified` counts them, a TenfoldError names what is damaged.
     """
+    if verify:
+        return inspect(model, context) | {"verified": _verified(Path(model))}
     if "/" not in model and not model.endswith(".gguf") and not Path(model).exists():
         return describe(load_preset(model), context)
     path = resolve(model, "config")
@@ -29,6 +32,12 @@ def inspect(model: str, context: int) -> dict[str, Any]:
     if path.is_file() or (path == Path(model) and _has_weights(path)):
         found["stored"] = _stored(path)
     return found
+
+
+def _verified(directory: Path) -> dict[str, int]:
+    from tenfold.checkpoint.pack.verify import verify
+
+    return verify(directory)
 
 
 def _has_weights(directory: Path) -> bool:
@@ -90,7 +99,8 @@ def describe(config: AnyConfig, context: int) -> dict[str, Any]:
 def tables(found: dict[str, Any], title: str) -> list["Table"]:
     """What `inspect` found, for people: parameters, what one token takes, memory by format, files."""
     stored = [_on_disk(found["stored"])] if "stored" in found else []
-    return [_parameters(found, title), _one_token(found), _memory(found), *stored]
+    verified = [_checked(found["verified"])] if "verified" in found else []
+    return [_parameters(found, title), _one_token(found), _memory(found), *stored, *verified]
 
 
 def _parameters(found: dict[str, Any], title: str) -> "Table":
@@ -141,6 +151,12 @@ def _on_disk(stored: dict[str, Any]) -> "Table":
         table.add_row(f"tensors in {form}", _bytes(size), f"{size:,}")
     files = "1 file" if stored["files"] == 1 else f"{stored['files']:,} files"
     table.add_row(files, _bytes(stored["file_bytes"]), f"{stored['file_bytes']:,}")
+    return table
+
+
+def _checked(verified: dict[str, int]) -> "Table":
+    table = _table("", "verified", "", "exact bytes")
+    table.add_row(f"{verified['tensors']:,} tensors", _bytes(verified["bytes"]), f"{verified['bytes']:,}")
     return table
 
 

@@ -34,14 +34,12 @@ def measure(threads: int, file: Path | None) -> dict[str, Any]:
     the system keeps its cache.
     """
     size = min(READ_BYTES, (available_bytes() or READ_BYTES) // 4)
+    isa = native.isa()
     if native.available():
-        from tenfold import _native
-
-        isa = native.isa()
-        read = _native.read_bandwidth(threads, size)
-        peaks = {name: _native.peak(kind, isa, threads) or None for name, kind in KINDS.items()}
+        module = native.module()
+        read = module.read_bandwidth(threads, size)
+        peaks = {name: module.peak(kind, isa, threads) or None for name, kind in KINDS.items()}
     else:
-        isa = None
         read = _best(lambda buffer: buffer.sum(), torch.ones(size // 8, dtype=torch.long)) * size
         peaks = {name: _torch_peak(kind) for name, kind in KINDS.items()}
     disk = {"disk_read_bytes_per_second": _disk_read(file)}

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from torch import Tensor
-
 from tenfold.config import ModelConfig
-from tenfold.packed import PackedExperts, PackedMatrix
+from tenfold.packed import PackedExperts, PackedMatrix, Weight
 
 
 @dataclass(frozen=True)
@@ -19,9 +17,7 @@ class Reading:
     """Different ones in a sparse layer: what to expect where all experts are equally likely."""
 
     @classmethod
-    def of(
-        cls, config: ModelConfig, weights: Mapping[str, Tensor | PackedMatrix | PackedExperts], batch: int
-    ) -> Self:
+    def of(cls, config: ModelConfig, weights: Mapping[str, Weight], batch: int) -> Self:
         """Experts by expectation; of an embedding that is not the head too, one row a sequence."""
         touched = expected_experts(config.num_experts, config.num_experts_per_tok, batch)
         size = 0.0
@@ -44,7 +40,7 @@ def expected_experts(experts: int, per_token: int, tokens: int) -> float:
     return float(experts * (1 - (1 - per_token / experts) ** tokens))
 
 
-def num_bytes(weight: Tensor | PackedMatrix | PackedExperts) -> int:
+def num_bytes(weight: Weight) -> int:
     if isinstance(weight, PackedMatrix):
         return weight.panels.nbytes
     return weight.records.nbytes if isinstance(weight, PackedExperts) else weight.nbytes

@@ -1,12 +1,9 @@
 """What to measure. Apart from the measuring, so that the command line can read it without torch."""
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field
 
+from tenfold.checkpoint.pack.settings import ExpertsFormat, Packing, RestFormat
 from tenfold.errors import TenfoldError
-
-DEFAULT_EXPERTS, DEFAULT_REST = "q4", "q8"
 
 
 class BenchSettings(BaseModel):
@@ -16,11 +13,11 @@ class BenchSettings(BaseModel):
 
     shape: str | None = Field(None, description="a preset, measured with random weights")
     layers: int | None = Field(None, gt=0, description="only so many layers of --shape")
-    experts: Literal["bf16", "q8", "q4", "mxfp4"] | None = Field(
-        None, description=f"format of the routed experts of --shape [default: {DEFAULT_EXPERTS}]"
+    experts: ExpertsFormat | None = Field(
+        None, description="format of the routed experts of --shape; by default as pack does"
     )
-    rest: Literal["bf16", "q8", "q4"] | None = Field(
-        None, description=f"format of all other matrices of --shape [default: {DEFAULT_REST}]"
+    rest: RestFormat | None = Field(
+        None, description="format of all other matrices of --shape; by default as pack does"
     )
     prompt_tokens: int = Field(512, gt=0, description="tokens of a prompt")
     tokens: int = Field(64, gt=0, description="tokens to decode after it")
@@ -37,3 +34,9 @@ class BenchSettings(BaseModel):
             for option in ("layers", "experts", "rest"):
                 if getattr(self, option) is not None:
                     raise TenfoldError(f"--{option} belongs to --shape, which is not given")
+
+    @property
+    def packing(self) -> Packing:
+        """The formats of random weights."""
+        given = {"experts": self.experts, "rest": self.rest}
+        return Packing.model_validate({part: form for part, form in given.items() if form})

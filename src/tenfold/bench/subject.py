@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tenfold.bench.settings import DEFAULT_EXPERTS, DEFAULT_REST, BenchSettings
+from tenfold.bench.settings import BenchSettings
 from tenfold.bench.speed import Runner
 from tenfold.bench.torch_runner import TorchRunner
-from tenfold.checkpoint import load_config, load_decoder_only
+from tenfold.checkpoint import load_config, load_decoder_only, read_object
+from tenfold.checkpoint.pack.settings import packing_of
 from tenfold.config import ModelConfig
 from tenfold.engine.packed import PackedRunner
 from tenfold.engine.random_weights import random_packed, random_packed_bytes
@@ -19,7 +20,7 @@ from tenfold.hub import resolve
 from tenfold.kernels import native
 from tenfold.memory import check_fits
 from tenfold.model.transformer import Transformer
-from tenfold.packed import PackedExperts, PackedMatrix, PackedModel, is_packed, load_packed
+from tenfold.packed import PackedModel, Weight, load_packed
 from tenfold.presets import load_preset
 from tenfold.switch_config import AnyConfig, decoder_only
 
@@ -30,7 +31,7 @@ ROOM_BYTES = 1 << 28
 @dataclass(frozen=True)
 class Subject:
     config: ModelConfig
-    weights: Mapping[str, Tensor | PackedMatrix | PackedExperts]
+    weights: Mapping[str, Weight]
     runner: Runner
     backend: str
     """What multiplies: "native" or "torch"."""
@@ -42,7 +43,7 @@ def load(path_or_id: str, settings: BenchSettings) -> Subject:
     path = resolve(path_or_id)
     config = _checked(load_config(path), path_or_id, settings)
     start = time.perf_counter()
-    if native.available() and is_packed(path):
+    if native.available() and _is_packed(path):
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         _check_fits(size, config, path_or_id, settings, "close other programs")
         return _native_subject(load_packed(path), settings, start)
@@ -57,16 +58,16 @@ def random(settings: BenchSettings) -> Subject:
     what = f"{settings.shape} with {config.num_hidden_layers} layers"
     start = time.perf_counter()
     if native.available():
-        experts, rest = settings.experts or DEFAULT_EXPERTS, settings.rest or DEFAULT_REST
-        size = random_packed_bytes(config, experts, rest)
-        _check_fits(size, config, f"{what}, {experts} and {rest},", settings, "cut it with --layers")
-        return _native_subject(random_packed(config, experts, rest), settings, start)
+        packing = settings.packing
+        what = f"{what} in {packing.experts} and {packing.rest}"
+        _check_fits(random_packed_bytes(config, packing), config, what, settings, "cut it with --layers")
+        return _native_subject(random_packed(config, packing), settings, start)
     if settings.experts or settings.rest:
         raise TenfoldError(
             "--experts and --rest need the native kernels, which this installation lacks: install tenfold"
             " where there is a C++20 compiler, or leave them out to measure torch in float32"
         )
-    _check_fits(4 * config.num_params(), config, f"{what}, in float32,", settings, "cut it with --layers")
+    _check_fits(4 * config.num_params(), config, f"{what} in float32", settings, "cut it with --layers")
     return _torch_subject(Transformer(config).init_weights(0).eval(), settings, start)
 
 
@@ -82,6 +83,11 @@ def cut(config: ModelConfig, layers: int | None) -> ModelConfig:
         "mlp_only_layers": tuple(layer for layer in config.mlp_only_layers if layer < layers),
     }
     return config.model_copy(update=kept)
+
+
+def _is_packed(path: Path) -> bool:
+    config_json = path / "config.json"
+    return config_json.is_file() and packing_of(read_object(config_json), str(config_json)) is not None
 
 
 def largest_file(model: str | None) -> Path | None:
@@ -120,7 +126,7 @@ def _check_fits(size: int, config: ModelConfig, what: str, settings: BenchSettin
     check_fits(size + positions * config.kv_bytes_per_token("float32") + ROOM_BYTES, what, instead)
 
 
-def formats(weights: Mapping[str, Tensor | PackedMatrix | PackedExperts]) -> dict[str, str]:
+def formats(weights: Mapping[str, Weight]) -> dict[str, str]:
     """Of the routed experts, where there are any, and of the other matrices."""
     found = {}
     for name, weight in weights.items():

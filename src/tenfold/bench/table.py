@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-BAR_WIDTH = 24
+BAR_WIDTH = 20
 
 
 def report(found: dict[str, Any]) -> Group:
@@ -48,7 +48,7 @@ def _model(found: dict[str, Any]) -> Table:
         table.add_row("Python's share of a step", f"{100 * overhead:.1f}%")
     table.add_row("weights read a token", _number(found["weight_bytes_per_token"] / 1e6, "MB"))
     if experts := found["experts_per_layer_and_step"]:
-        table.add_row("experts a layer and step", f"{experts:.3g}", "expected", "if all are equally busy")
+        table.add_row("experts a layer and step", f"{experts:.3g}", "expected")
     table.add_row("load", _number(found["load_seconds"], "s"))
     table.add_row("peak memory", _number(found["peak_memory_bytes"] / 1e9, "GB"))
     return table

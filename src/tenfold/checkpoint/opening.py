@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from tenfold.checkpoint import read_config, weights
+from tenfold.checkpoint import read_config, read_object, weights
 from tenfold.checkpoint.gguf.architectures import gguf_config
 from tenfold.checkpoint.gguf.reader import open_gguf
 from tenfold.checkpoint.gguf.slots import READ_BY_CONFIG, gguf_slots
+from tenfold.checkpoint.pack.settings import packing_of
+from tenfold.checkpoint.pack.stored import packed_slots
 from tenfold.checkpoint.slot import SlotMap
 from tenfold.checkpoint.stored import Stored
 from tenfold.errors import TenfoldError
@@ -36,8 +38,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_directory(directory: Path) -> Checkpoint:
-    family, config = read_config(directory / "config.json")
+    config_json = directory / "config.json"
+    family, config = read_config(config_json)
     tensors = weights.list_tensors(directory)
+    if packing_of(read_object(config_json), str(config_json)):
+        return Checkpoint(config, packed_slots(config_json), tensors, f"the packed model of {config_json}")
     config = family.present(config, tensors)
     slots = family.tensor_map(config)
     names = set(tensors)
@@ -45,7 +50,7 @@ def _open_directory(directory: Path) -> Checkpoint:
         # transformers writes shared experts of width zero
         if family.is_redundant(config, name, names) or 0 in tensors[name].shape:
             del tensors[name]
-    return Checkpoint(config, slots, tensors, f"the {family.architecture} of {directory / 'config.json'}")
+    return Checkpoint(config, slots, tensors, f"the {family.architecture} of {config_json}")
 
 
 def _open_gguf(path: Path) -> Checkpoint:

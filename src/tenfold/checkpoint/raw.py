@@ -19,6 +19,10 @@ class RawTensor:
     shape: tuple[int, ...]
     read: Callable[[int, int], Tensor]
     """Rows [start, stop) of the first axis, in `dtype`; a scalar is one row."""
+    offset: int = 0
+    """Of its first byte in a file that holds tensors as they are (safetensors)."""
+    note: str = ""
+    """What such a file's metadata say under the tensor's name."""
 
     @property
     def num_bytes(self) -> int:

@@ -63,17 +63,19 @@ def list_file(path: Path) -> dict[str, RawTensor]:
     """
     try:
         with path.open("rb") as file:
-            spans, data = _read_header(file, path)
+            spans, data, metadata = _read_header(file, path)
     except OSError as error:
         raise TenfoldError(f"{path}: cannot read it: {error.strerror or error}") from None
-    return {
-        span.name: RawTensor(span.name, path, span.dtype, span.shape, _reader(path, data + span.start, span))
-        for span in spans
-    }
+    tensors = {}
+    for span in spans:
+        offset, note = data + span.start, metadata.get(span.name, "")
+        read = _reader(path, offset, span)
+        tensors[span.name] = RawTensor(span.name, path, span.dtype, span.shape, read, offset, note)
+    return tensors
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[list[_Span], int]:
-    """Entries in the order of their bytes, and where those begin in the file."""
+def _read_header(file: BinaryIO, path: Path) -> tuple[list[_Span], int, dict[str, str]]:
+    """Entries in the order of their bytes, where those begin in the file, and its metadata."""
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -90,7 +92,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[list[_Span], int]:
         _refuse(path, "__metadata__ in its header must hold nothing but texts")
     spans = sorted(_span(path, name, entry) for name, entry in header.items())
     _check_layout(path, spans, size - 8 - length)
-    return spans, 8 + length
+    return spans, 8 + length, metadata
 
 
 def _parse(text: str) -> dict[str, Any]:

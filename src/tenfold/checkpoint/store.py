@@ -17,7 +17,7 @@ from tenfold.checkpoint.stored import Stored
 from tenfold.config import ModelConfig
 from tenfold.device import pick_device
 from tenfold.errors import TenfoldError
-from tenfold.files import new_folder, write_json
+from tenfold.files import new_folder, refuse_existing, write_json
 from tenfold.hub import resolve
 from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
@@ -40,7 +40,7 @@ def load_model(
         raise TenfoldError(f"cannot load as {dtype}, only {', '.join(map(str, FLOATS))}")
     device = pick_device(str(device))
     checkpoint = open_checkpoint(resolve(path_or_id))
-    model = _unallocated(checkpoint)
+    model = unallocated(checkpoint)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
@@ -61,7 +61,7 @@ def new_model(config: AnyConfig) -> Model:
     return SwitchTransformer(config) if isinstance(config, SwitchConfig) else Transformer(config)
 
 
-def _unallocated(checkpoint: Checkpoint) -> Model:
+def unallocated(checkpoint: Checkpoint) -> Model:
     """On the meta device, which spares a random initialization and lets all shapes be checked before
     a config that claims more than there is can ask for the memory."""
     count = checkpoint.config.num_params()
@@ -69,7 +69,7 @@ def _unallocated(checkpoint: Checkpoint) -> Model:
         raise TenfoldError(f"{checkpoint.source} has {count:,} parameters, more than any machine can hold")
     with torch.device("meta"):
         model = new_model(checkpoint.config)
-    ours = _own_tensors(model)
+    ours = own_tensors(model)
     for name, stored in checkpoint.tensors.items():
         slot = checkpoint.slots[name]
         shape = slot.shape(slot.view(ours[slot.name]))
@@ -81,20 +81,20 @@ def _unallocated(checkpoint: Checkpoint) -> Model:
 
 
 def _fill(model: Model, checkpoint: Checkpoint) -> None:
-    ours = _own_tensors(model)
+    ours = own_tensors(model)
     filled: Counter[str] = Counter()
     for name, stored in checkpoint.tensors.items():
         slot = checkpoint.slots[name]
         if not slot.is_copy:
             target = slot.view(ours[slot.name])
-            _copy(stored, slot, target)
+            copy(stored, slot, target)
             filled[slot.name] += target.numel()
     for name, whole in ours.items():
         if filled[name] != whole.numel():
             raise AssertionError(f"the slots of this family do not fill {name} exactly once")
 
 
-def _copy(stored: Stored, slot: Slot, target: Tensor) -> None:
+def copy(stored: Stored, slot: Slot, target: Tensor) -> None:
     """Into a view of the model's tensor, a few rows at a time where the file has the same first axis."""
     if slot.merged == 0:
         target.copy_(stored.whole().view(target.shape))
@@ -103,7 +103,7 @@ def _copy(stored: Stored, slot: Slot, target: Tensor) -> None:
         target[rows].copy_(piece.view(target[rows].shape))
 
 
-def _own_tensors(model: Model) -> dict[str, Tensor]:
+def own_tensors(model: Model) -> dict[str, Tensor]:
     """Parameters and buffers by name, those that share a tensor once."""
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor.detach() for name, tensor in named}
@@ -126,8 +126,7 @@ def save_model(
     dtype = dtype or model.lm_head.weight.dtype
     if dtype not in safetensors.DTYPES:
         raise TenfoldError(f"cannot save as {dtype}, only {', '.join(map(str, safetensors.DTYPES))}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise TenfoldError(f"{directory} is there already and is not an empty directory")
+    refuse_existing(directory)
     with new_folder(directory) as partial:
         raw = {**family.to_hf(model.config), "dtype": str(dtype).removeprefix("torch.")}
         write_json(partial / "config.json", raw)
@@ -138,7 +137,7 @@ def save_model(
 
 
 def _entries(model: Model, family: Family, dtype: torch.dtype) -> Iterator[safetensors.Entry]:
-    tensors = _own_tensors(model)
+    tensors = own_tensors(model)
     buffers = dict(model.named_buffers())
     for name, slot in family.tensor_map(model.config).items():
         view = slot.view(tensors[slot.name])

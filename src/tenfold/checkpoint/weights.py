@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from tenfold.checkpoint import read_object, safetensors, torch_bin
+from tenfold.checkpoint.pack.settings import packing_of
+from tenfold.checkpoint.pack.stored import packed_tensors
 from tenfold.checkpoint.quantized import decoded
 from tenfold.checkpoint.raw import RawTensor
 from tenfold.checkpoint.stored import Stored
@@ -20,7 +22,10 @@ def list_tensors(directory: Path) -> dict[str, Stored]:
 
     Raises TenfoldError naming the file for what is missing, unreadable or no tensor.
     """
-    return decoded(list_raw(directory), directory / "config.json")
+    raws, config_json = list_raw(directory), directory / "config.json"
+    if config_json.is_file() and packing_of(read_object(config_json), str(config_json)):
+        return packed_tensors(raws, config_json)
+    return decoded(raws, config_json)
 
 
 def list_raw(directory: Path) -> dict[str, RawTensor]:

@@ -4,12 +4,13 @@ from typing import Any
 
 from tenfold.checkpoint.families.common import Family, decoder_map, ours, sparse_mlp, whole
 from tenfold.checkpoint.families.deepseek import predictor
+from tenfold.checkpoint.quantization_config import weight_block_size
 from tenfold.checkpoint.slot import Slot, SlotMap
 from tenfold.config import ModelConfig
 
 MODEL_TYPE, ARCHITECTURE = "tenfold", "TenfoldForCausalLM"
 
-_NOT_OURS = {"architectures", "dtype", "transformers_version"}
+_NOT_OURS = {"architectures", "dtype", "quantization_config", "transformers_version"}
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -18,6 +19,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
+    weight_block_size(raw, source)  # refuses other ways to quantise
     return ModelConfig.parse({k: v for k, v in raw.items() if k not in _NOT_OURS}, source)
 
 

@@ -1,0 +1,47 @@
+"""Are a packed model's bytes those that were written?"""
+
+import zlib
+from pathlib import Path
+
+import torch
+
+from tenfold.checkpoint.pack.layout import Experts
+from tenfold.checkpoint.pack.opened import Found, find_parts
+from tenfold.checkpoint.raw import RawTensor
+from tenfold.checkpoint.stored import CHUNK_BYTES
+from tenfold.checkpoint.weights import list_raw
+from tenfold.errors import TenfoldError
+
+
+def verify(directory: Path) -> dict[str, int]:
+    """Read everything, and count the tensors and bytes whose checksum is right.
+
+    Raises TenfoldError naming the file, the layer and the expert (or the tensor) of the first that is not.
+    """
+    found = find_parts(list_raw(directory), directory / "config.json")
+    for there in found:
+        _verify(there)
+    raws = [raw for there in found for raw in there.raws]
+    return {"tensors": len(raws), "bytes": sum(raw.num_bytes for raw in raws)}
+
+
+def _verify(found: Found) -> None:
+    for expert, raw in enumerate(found.raws):
+        written, there = raw.note.rpartition(" ")[2], f"{_checksum(raw):08x}"
+        if written != there:
+            what = f"tensor {raw.name}"
+            if isinstance(found.part, Experts):
+                what = f"layer {raw.name.split('.')[1]}, expert {expert}"
+            raise TenfoldError(
+                f"{raw.file}: {what} is damaged: its bytes have the CRC-32 {there}, not {written:.50};"
+                " pack the model again"
+            )
+
+
+def _checksum(raw: RawTensor) -> int:
+    checksum, rows = 0, raw.shape[0]
+    step = max(1, CHUNK_BYTES * rows // raw.num_bytes)
+    for start in range(0, rows, step):
+        data = raw.read(start, min(start + step, rows))
+        checksum = zlib.crc32(data.flatten().view(torch.uint8).numpy().data, checksum)
+    return checksum
