@@ -10,11 +10,11 @@ import cyclopts
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 
+# Settings are classes whose annotations the parser reads: importing them must stay cheap.
+from tenfold.bench.settings import BenchSettings
 from tenfold.errors import TenfoldError
 from tenfold.formats import ExpertsFormat, Packing, RestFormat
 from tenfold.parsed import first_problem
-
-# Settings are classes whose annotations the parser reads: importing them must stay cheap.
 from tenfold.sampling import SamplingParams
 from tenfold.train.settings import TrainSettings
 
@@ -259,6 +259,34 @@ def inspect(
     from rich.console import Console
 
     Console().print(*tables(found, model), sep="")
+
+
+@app.command
+def bench(
+    model: str | None = None,
+    /,
+    *,
+    settings: Annotated[BenchSettings, Flat] = BenchSettings(),  # noqa: B008
+    json: Json = False,
+) -> None:
+    """Measure this machine's ceilings, and a model's prefill and decode against them.
+
+    Parameters
+    ----------
+    model
+        directory or GGUF file of a model, or its id on the Hugging Face hub (owner/name)
+    """
+    from tenfold.bench import bench as run
+
+    found = run(model, settings)
+    if json:
+        print(json_.dumps(found))
+        return
+    from rich.console import Console
+
+    from tenfold.bench.table import report
+
+    Console().print(report(found))
 
 
 def _print_generation(generation: "Generation", json: bool) -> None:

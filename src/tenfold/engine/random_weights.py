@@ -12,9 +12,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tenfold.checkpoint.pack.layout import (
+    KEPT,
+    Experts,
+    Matrix,
+    Part,
+    Plain,
+    parts_by_file,
+    without_predictor,
+)
+from tenfold.checkpoint.pack.record import down_offset
+from tenfold.checkpoint.pack.settings import Packing
 from tenfold.config import ModelConfig
-from tenfold.model.transformer import Transformer
-from tenfold.packed import PackedExperts, PackedMatrix, PackedModel, record_bytes
+from tenfold.packed import PackedExperts, PackedMatrix, PackedModel, Weight
 from tenfold.panels import PANEL_ROWS, matrix_bytes, pack_matrix, panel_bytes
 
 ROWS = 1024
@@ -44,88 +54,76 @@ class RandomRows:
         """The weights that `panels` quantises: (rows, columns), float32."""
         return self.rows(columns)[self.order(name, rows)]
 
-    def panels(self, name: str, rows: int, columns: int, format: str) -> Tensor:
+    def panels(self, name: str, rows: int, columns: int, form: str) -> Tensor:
         """The matrix packed: uint8, `matrix_bytes` long, in memory of its own."""
         whole, rest = divmod(rows, PANEL_ROWS)
-        panels_PX = self._packed(columns, format)
-        out = torch.empty(matrix_bytes(format, rows, columns), dtype=torch.uint8)
+        panels_PX = self._packed(columns, form)
+        out = torch.empty(matrix_bytes(form, rows, columns), dtype=torch.uint8)
         out_PX = out.view(-1, panels_PX.shape[1])
         chosen = (_first_panel(name) + torch.arange(whole)) % len(panels_PX)
         torch.index_select(panels_PX, 0, chosen, out=out_PX[:whole])
         if rest:
-            out_PX[whole] = pack_matrix(self.matrix(name, rows, columns)[-rest:], format)
+            out_PX[whole] = pack_matrix(self.matrix(name, rows, columns)[-rest:], form)
         return out
 
-    def _packed(self, columns: int, format: str) -> Tensor:
-        if (columns, format) not in self._panels:
-            packed = pack_matrix(self.rows(columns), format)
-            self._panels[columns, format] = packed.view(-1, panel_bytes(format, columns))
-        return self._panels[columns, format]
+    def _packed(self, columns: int, form: str) -> Tensor:
+        if (columns, form) not in self._panels:
+            packed = pack_matrix(self.rows(columns), form)
+            self._panels[columns, form] = packed.view(-1, panel_bytes(form, columns))
+        return self._panels[columns, form]
 
 
 def _first_panel(name: str) -> int:
     return zlib.crc32(name.encode()) % (ROWS // PANEL_ROWS)
 
 
-def random_packed(config: ModelConfig, experts: str, rest: str) -> PackedModel:
-    """A model of that shape in memory: routed experts in format `experts`, other matrices in `rest`.
-
-    Routers are random too, so all experts are about equally busy. Takes `random_packed_bytes` of memory.
-    """
-    source = RandomRows()
-    weights: dict[str, Tensor | PackedMatrix | PackedExperts] = {}
-    for name, shape in _tensors(config):
-        if name.endswith(".experts.gate_up"):
-            layer = name.removesuffix(".gate_up")
-            weights[layer] = _experts(source, config, layer, experts)
-        elif _stays_float(name, shape):
-            weights[name] = random_tensor(source, name, shape)
+def random_packed(config: ModelConfig, packing: Packing) -> PackedModel:
+    """A model of that shape in memory. Routers are random too, so all experts are about equally busy."""
+    config, source = without_predictor(config), RandomRows()
+    weights: dict[str, Weight] = {}
+    for part in _parts(config, packing):
+        if isinstance(part, Experts):
+            weights[part.name] = _experts(source, part)
+        elif isinstance(part, Matrix):
+            panels = source.panels(part.name, part.rows, part.columns, part.format)
+            weights[part.name] = PackedMatrix(panels, part.format, part.rows, part.columns)
         else:
-            weights[name] = PackedMatrix(source.panels(name, *shape, rest), rest, *shape)
+            weights[part.name] = plain_tensor(source, part)
     return PackedModel(config, weights)
 
 
-def random_tensor(source: RandomRows, name: str, shape: torch.Size) -> Tensor:
-    """What is no packed matrix: routers random, norms one, biases zero; float32."""
-    if len(shape) == 2 and not name.endswith("bias"):
-        return source.matrix(name, *shape)
-    return torch.ones(shape) if "norm" in name else torch.zeros(shape)
-
-
-def random_packed_bytes(config: ModelConfig, experts: str, rest: str) -> int:
+def random_packed_bytes(config: ModelConfig, packing: Packing) -> int:
     """Bytes of the weights of `random_packed`, counted without making them."""
     size = 0
-    for name, shape in _tensors(config):
-        if name.endswith(".experts.gate_up"):
-            size += shape[0] * record_bytes(experts, config.hidden_size, config.moe_intermediate_size)
+    for part in _parts(without_predictor(config), packing):
+        if isinstance(part, Experts):
+            size += part.count * part.record_bytes
         else:
-            size += 4 * math.prod(shape) if _stays_float(name, shape) else matrix_bytes(rest, *shape)
+            size += part.num_bytes if isinstance(part, Matrix) else 4 * math.prod(part.shape)
     return size
 
 
-def _tensors(config: ModelConfig) -> Iterator[tuple[str, torch.Size]]:
-    """Our tensors by name, those of the experts' two matrices once and as `gate_up`."""
-    with torch.device("meta"):
-        model = Transformer(config.model_copy(update={"num_nextn_predict_layers": 0}))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not name.endswith(".experts.down"):
-            yield name, tensor.shape
+def plain_tensor(source: RandomRows, part: Plain) -> Tensor:
+    """What stays floating point: routers and gates random, norms one, biases zero; float32."""
+    if part.name.endswith(KEPT):
+        rows, columns = part.shape
+        return source.matrix(part.name, rows, columns)
+    return torch.ones(part.shape) if "norm" in part.name else torch.zeros(part.shape)
 
 
-def _stays_float(name: str, shape: torch.Size) -> bool:
-    return len(shape) < 2 or name.endswith(("bias", ".router.weight", ".shared_expert_gate.weight"))
+def _parts(config: ModelConfig, packing: Packing) -> Iterator[Part]:
+    return (part for file in parts_by_file(config, packing) for part in file)
 
 
-def _experts(source: RandomRows, config: ModelConfig, layer: str, format: str) -> PackedExperts:
-    """Records of one layer: pairs of gate and up panels, then those of down, then zeros."""
-    D, F = config.hidden_size, config.moe_intermediate_size
-    size = record_bytes(format, D, F)
-    records = torch.zeros(config.num_experts, size, dtype=torch.uint8)
+def _experts(source: RandomRows, part: Experts) -> PackedExperts:
+    """Each record as `tenfold.checkpoint.pack.record` lays it out."""
+    form, D, F = part.format, part.hidden_size, part.width
+    records = torch.zeros(part.count, part.record_bytes, dtype=torch.uint8)
+    middle, end = down_offset(form, D, F), down_offset(form, D, F) + matrix_bytes(form, D, F)
     for expert, record in enumerate(records):
-        name = f"{layer}.{expert}"
-        gate, up = (source.panels(f"{name}.{part}", F, D, format) for part in ("gate", "up"))
-        pairs = torch.stack([part.view(-1, panel_bytes(format, D)) for part in (gate, up)], dim=1).flatten()
-        down = source.panels(f"{name}.down", D, F, format)
-        record[: len(pairs)] = pairs
-        record[len(pairs) : len(pairs) + len(down)] = down
-    return PackedExperts(records, format, D, F)
+        name = f"{part.name}.{expert}"
+        pairs = record[:middle].view(-1, 2, panel_bytes(form, D))
+        for half, side in enumerate(("gate", "up")):
+            pairs[:, half] = source.panels(f"{name}.{side}", F, D, form).view(len(pairs), -1)
+        record[middle:end] = source.panels(f"{name}.down", D, F, form)
+    return PackedExperts(records, form, D, F)

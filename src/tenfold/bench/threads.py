@@ -1,0 +1,14 @@
+"""How many threads compute."""
+
+import torch
+
+from tenfold.kernels import native
+
+
+def use_threads(count: int | None) -> int:
+    """Have torch and the kernels use that many, by default as many as this process may run on."""
+    count = count or native.default_threads()
+    torch.set_num_threads(count)
+    if native.available():
+        native.set_threads(count)
+    return count
