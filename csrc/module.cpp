@@ -4,11 +4,13 @@
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <memory>
 #include <mutex>
 
 #include "ceilings.hpp"
 #include "layer.hpp"
+#include "quantize.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -35,13 +37,17 @@ Pool& pool() {
     return *made;
 }
 
+double busy_seconds = 0;  // since the module was loaded
+
 // Work on the pool, without Python's lock.
 template <class F>
 void work(const F& f) {
     const Kernels& set = kernels();
     nb::gil_scoped_release unlocked;
     std::lock_guard<std::mutex> alone(one_call);
+    const auto start = std::chrono::steady_clock::now();
     f(pool(), set);
+    busy_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 struct Layer {
@@ -181,6 +187,13 @@ NB_MODULE(_native, m) {
         .def("attention", &Layer::run_attention)
         .def("feed_forward", &Layer::run_feed_forward);
 
+    m.def("busy_seconds", [] { return busy_seconds; });
+    m.def("quantize", [](int format, Address weights, int rows, int columns, Address importance, Address panels) {
+        work([&](Pool& pool, const Kernels&) {
+            quantize(pool, static_cast<Format>(format), at<const float>(weights), rows, columns,
+                     at<const float>(importance), at<uint8_t>(panels));
+        });
+    });
     m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, nb::call_guard<nb::gil_scoped_release>());
     m.def("peak", &peak, "kind"_a, "isa"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tenfold.config import ModelConfig
-from tenfold.kernels import native
+from tenfold.kernels import compiled, native
 from tenfold.model.rope import rope_tables, score_scale
 from tenfold.packed import PackedExperts, PackedMatrix
 
@@ -33,7 +33,7 @@ class NativeLayers:
 
     def _layer(self, n: int) -> Any:
         config, prefix = self._config, f"layers.{n}."
-        return native.module().Layer(
+        return compiled.module().Layer(
             attention=None if config.is_latent else self._attention(prefix + "self_attn.", config.window(n)),
             feed_forward=self._feed_forward(prefix + "mlp.", n in config.sparse_layers),
             input_norm=self.address(prefix + "input_layernorm.weight"),
@@ -48,7 +48,7 @@ class NativeLayers:
     def _attention(self, prefix: str, window: int | None) -> Any:
         config = self._config
         projections = {name: self.linear(f"{prefix}{name}_proj") for name in "qkvo"}
-        return native.module().Attention(
+        return compiled.module().Attention(
             **projections,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
@@ -67,7 +67,7 @@ class NativeLayers:
     def _feed_forward(self, prefix: str, sparse: bool) -> Any:
         dense = f"{prefix}shared_experts." if sparse else prefix
         has_dense = f"{dense}gate_up.weight" in self._weights
-        return native.module().FeedForward(
+        return compiled.module().FeedForward(
             gate_up=self.linear(f"{dense}gate_up") if has_dense else None,
             down=self.linear(f"{dense}down") if has_dense else None,
             gate=self.address(prefix + "shared_expert_gate.weight"),
@@ -77,7 +77,7 @@ class NativeLayers:
 
     def _router(self, prefix: str) -> Any:
         config = self._config
-        return native.module().Router(
+        return compiled.module().Router(
             weight=self.address(prefix + "weight"),
             experts=config.num_experts,
             hidden=config.hidden_size,

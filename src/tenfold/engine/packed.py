@@ -8,7 +8,7 @@ from torch import Tensor
 from tenfold.engine.latent import PackedLatentAttention
 from tenfold.engine.native_layers import NativeLayers
 from tenfold.errors import TenfoldError
-from tenfold.kernels import native
+from tenfold.kernels import compiled
 from tenfold.packed import PackedModel
 
 PIECE = 1024
@@ -81,6 +81,6 @@ class PackedRunner:
         config = self.config
         normed_BD, logits_BV = torch.empty_like(x_BD), torch.empty(len(x_BD), config.vocab_size)
         sizes = (len(x_BD), config.hidden_size, config.rms_norm_eps)
-        native.module().rms_norm(x_BD.data_ptr(), self._norm, *sizes, normed_BD.data_ptr())
+        compiled.module().rms_norm(x_BD.data_ptr(), self._norm, *sizes, normed_BD.data_ptr())
         self._head(normed_BD.data_ptr(), len(x_BD), logits_BV.data_ptr())
         return logits_BV if config.logits_scaling == 1 else logits_BV / config.logits_scaling

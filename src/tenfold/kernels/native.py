@@ -1,59 +1,17 @@
-"""The compiled CPU kernels (csrc/) from Python: which are in use, and single products for whoever has tensors.
+"""Products with packed weights through the compiled kernels, for whoever has tensors.
 
 `tenfold._native` takes addresses; here they come from tensors whose dtype, shape and layout are checked.
-Without a compiler at installation there is none, and packed models are computed by torch instead.
 """
 
-import os
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tenfold.errors import TenfoldError
+from tenfold.kernels.compiled import module
 from tenfold.packed import PackedExperts, PackedMatrix
 from tenfold.panels import FORMATS
-
-try:
-    from tenfold import _native
-except ImportError:
-    _native = None  # type: ignore[assignment]
-
-WHY_NOT = (
-    "this installation has no native kernels (they need a C++20 compiler when tenfold is installed);"
-    " packed models run through torch, from weights in floating point"
-)
-
-
-def available() -> bool:
-    return _native is not None
-
-
-def module() -> ModuleType:
-    """The compiled module, with as many threads as torch has. Raises TenfoldError where there is none."""
-    if _native is None:
-        raise TenfoldError(WHY_NOT)
-    isa()
-    return _native
-
-
-def isa() -> str | None:
-    """The instruction set in use: avx512, avx2 or portable; None without native kernels.
-
-    The best this machine has, unless the environment variable TENFOLD_ISA names another. Raises
-    TenfoldError where that is unknown or beyond this machine.
-    """
-    if _native is None:
-        return None
-    try:
-        return _native.isa()
-    except ValueError as error:
-        raise TenfoldError(str(error)) from None
-
-
-def set_threads(count: int) -> None:
-    """Threads that the kernels use, the caller's included."""
-    module().set_threads(count)
 
 
 def linear(matrix: PackedMatrix, x_TK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -91,7 +49,7 @@ def experts(
     return out_TD
 
 
-def new_linear(matrix: PackedMatrix, bias_N: Tensor | None = None) -> "_native.Linear":
+def new_linear(matrix: PackedMatrix, bias_N: Tensor | None = None) -> Any:
     """The compiled form of a matrix; it holds addresses, so both tensors must outlive it."""
     form = FORMATS.index(matrix.format)
     return module().Linear(matrix.panels.data_ptr(), form, matrix.rows, matrix.columns, address(bias_N))
@@ -99,7 +57,7 @@ def new_linear(matrix: PackedMatrix, bias_N: Tensor | None = None) -> "_native.L
 
 def new_experts(
     packed: PackedExperts, activation: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
-) -> "_native.Experts":
+) -> Any:
     """The compiled form of a layer's experts; it holds addresses, so the tensors must outlive it."""
     return module().Experts(
         packed.records.data_ptr(),
@@ -120,12 +78,6 @@ def address(tensor: Tensor | None) -> int:
         return 0
     assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
     return tensor.data_ptr()
-
-
-def default_threads() -> int:
-    """One a core this process may use, but no more than torch would."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, torch.get_num_threads()))
 
 
 def _floats(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
