@@ -40,24 +40,32 @@ Codebook ascending(const uint8_t* unsigned_values, bool drop_last_zero) {
 
 const Codebook Q4 = ascending(Q4_CODEBOOK, false), MXFP4 = ascending(MXFP4_CODEBOOK, true);
 
-// Places in the codebook of the nearest values.
-EVERY_MACHINE void nearest(const float* x, float inverse, const Codebook& book, uint8_t* places) {
-    for (int k = 0; k < BLOCK; k++) {
-        const float y = x[k] * inverse;
-        int place = 0;
-        for (int i = 0; i < 15; i++) place += y >= book.midpoints[i];
-        places[k] = static_cast<uint8_t>(place);
+// A loop over the 32 weights within the loop over midpoints: so it becomes two vectors of 16.
+EVERY_MACHINE void nearest(const float* x, float inverse, const Codebook& book, uint8_t* codes) {
+    float y[BLOCK];
+    int32_t place[BLOCK] = {};
+    for (int k = 0; k < BLOCK; k++) y[k] = x[k] * inverse;
+    for (int i = 0; i < 15; i++) {
+        const float midpoint = book.midpoints[i];
+        for (int k = 0; k < BLOCK; k++) place[k] += y[k] >= midpoint ? 1 : 0;
     }
+    for (int k = 0; k < BLOCK; k++) codes[k] = book.codes[place[k]];
 }
 
 EVERY_MACHINE double squared_error(const float* x, float scale, const Codebook& book, const float* roots) {
     const float inverse = 1 / scale;
+    float y[BLOCK], value[BLOCK];
+    for (int k = 0; k < BLOCK; k++) {
+        y[k] = x[k] * inverse;
+        value[k] = book.values[0];
+    }
+    for (int i = 0; i < 15; i++) {
+        const float midpoint = book.midpoints[i], above = book.values[i + 1];
+        for (int k = 0; k < BLOCK; k++) value[k] = y[k] >= midpoint ? above : value[k];
+    }
     double squares[BLOCK];
     for (int k = 0; k < BLOCK; k++) {
-        const float y = x[k] * inverse;
-        float value = book.values[0];
-        for (int i = 0; i < 15; i++) value = y >= book.midpoints[i] ? book.values[i + 1] : value;
-        float error = x[k] - scale * value;
+        float error = x[k] - scale * value[k];
         error *= roots[k];
         squares[k] = static_cast<double>(error) * static_cast<double>(error);
     }
@@ -92,7 +100,6 @@ void best(const float* x, const uint8_t* candidates, int count, float (*decode)(
         if (error < least) least = error, out.scale = candidates[i];
     }
     nearest(x, 1 / decode(out.scale), book, out.codes);
-    for (uint8_t& code : out.codes) code = book.codes[code];
 }
 
 void quantize_q8(const float* x, Block& out) {
