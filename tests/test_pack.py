@@ -446,8 +446,14 @@ BAD = {
     "vocabulary": (config_field(vocab_size=65), "embed_tokens.weight is packed as q8 67x24, not as q8 65x24"),
     "width": (config_field(moe_intermediate_size=20), "is packed as q4 24x19, not as q4 24x20"),
     "more experts": (config_field(num_experts=6), "router.weight is packed as plain 5x24, not as plain 6x24"),
-    "fewer experts": (config_field(num_experts=4), "router.weight is packed as plain 5x24, not as plain 4x24"),
-    "more layers": (config_field(num_hidden_layers=4), "tensor layers.3.input_layernorm.weight is missing, which"),
+    "fewer experts": (
+        config_field(num_experts=4),
+        "router.weight is packed as plain 5x24, not as plain 4x24",
+    ),
+    "more layers": (
+        config_field(num_hidden_layers=4),
+        "tensor layers.3.input_layernorm.weight is missing, which",
+    ),
     "fewer layers": (config_field(num_hidden_layers=2), "has no place in .*config.json"),
     "tied": (config_field(tie_word_embeddings=True), "tensor lm_head.weight has no place"),
 }

@@ -160,7 +160,7 @@ def chat(
         say this, print the answer and end
     """
     from tenfold.chat import Chat, talk
-    from tenfold.engine.llm import load_model_and_tokenizer
+    from tenfold.engine.loading import load_model_and_tokenizer
 
     if json and message is None:
         raise TenfoldError("--json needs --message: a conversation is no single object")

@@ -14,8 +14,8 @@ from tenfold.kernels import compiled, native
 from tenfold.model.rope import rope_tables, score_scale
 from tenfold.packed import PackedExperts, PackedMatrix
 
-CHOICES = ("softmax", "topk_softmax", "sigmoid", "switch")
-"""Routers that work while generating, in csrc/router.hpp's order."""
+CHOICES = ("softmax", "topk_softmax", "sigmoid")
+"""Routers of published decoder-only models, in csrc/router.hpp's order."""
 
 
 class NativeLayers:
@@ -85,10 +85,11 @@ class NativeLayers:
             choice=CHOICES.index(config.router),
             logit_bias=self.address(prefix + "logit_bias"),
             selection_bias=self.address(prefix + "bias"),
-            renormalise=config.router == "topk_softmax" or config.norm_topk_prob and config.router != "switch",
-            groups=config.n_group if config.router in ("softmax", "sigmoid") else 1,
+            renormalise=config.router == "topk_softmax"
+            or (config.norm_topk_prob and config.router != "switch"),
+            groups=1 if config.router == "topk_softmax" else config.n_group,
             top_groups=config.topk_group,
-            scale=1.0 if config.router == "switch" else config.routed_scaling_factor,
+            scale=config.routed_scaling_factor,
         )
 
     def _experts(self, name: str) -> Any:
@@ -108,12 +109,12 @@ class NativeLayers:
         return native.address(self._floats(name))
 
     def _floats(self, name: str) -> Tensor | None:
-        tensor = self._weights.get(name)
-        if tensor is None:
+        weight = self._weights.get(name)
+        if weight is None:
             return None
-        tensor = tensor.float().contiguous()
-        self._keep(tensor)
-        return tensor
+        assert isinstance(weight, Tensor)
+        self._keep(floats := weight.float().contiguous())
+        return floats
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
