@@ -17,7 +17,7 @@ ROUNDS = 5
 class Runner(Protocol):
     """A model with its caches."""
 
-    def forward(self, ids_BS: Tensor) -> Tensor:
+    def forward(self, ids_BS: Tensor) -> object:
         """Append the tokens; logits (B, V) after the last."""
         ...
 
