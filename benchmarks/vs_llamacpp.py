@@ -73,11 +73,8 @@ class Bench:
                 speeds[name].append(batch * tokens_done / seconds)
         return {name: statistics.median(found[1:]) for name, found in speeds.items()}
 
-    def against_llama(
-        self, name: str, formats: tuple[str, str], kind: Kind, batch: int, target: float
-    ) -> Row:
-        """tenfold in the first format, experts and rest, against llama.cpp in the second."""
-        ours, theirs = formats
+    def against_llama(self, ours: str, theirs: str, kind: Kind, batch: int, target: float) -> Row:
+        """tenfold with all matrices in `ours` against llama.cpp in `theirs`."""
         capacity = LONG + 1 if kind == "prefill" else SHORT + DECODED
         peer = LlamaRunner(self.gguf(theirs), batch, capacity, self.threads)
         model = random_packed(self.config, Packing.model_validate({"experts": ours, "rest": ours}))
@@ -155,11 +152,8 @@ def _twin(bench: Bench, sparse: ModelConfig, target: float) -> Row:
 def _fitting(config: ModelConfig) -> ModelConfig:
     """As many layers as fit the memory beside their dense twin."""
     room = TWINS_SHARE * (available_bytes() or 1 << 34)
-    packing: tuple[ExpertsFormat, RestFormat] = "q4", "q4"
-    whole = random_packed_bytes(config, Packing(experts=packing[0], rest=packing[1]))
-    return cut(
-        config, max(1, min(config.num_hidden_layers, int(config.num_hidden_layers * room / (2 * whole))))
-    )
+    share = room / (2 * random_packed_bytes(config, Packing(experts="q4", rest="q4")))
+    return cut(config, max(1, int(config.num_hidden_layers * min(1, share))))
 
 
 def perplexity(bench: Bench) -> Iterator[Row]:
