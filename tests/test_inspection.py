@@ -64,10 +64,9 @@ def test_parts_add_up(name: str) -> None:
     assert found["weight_bytes_per_token"]["bfloat16"] == 2 * found["weights_per_token"]
 
 
-@pytest.mark.parametrize(("form", "kind"), [("q8", "Q8_0"), ("q4", "Q4_0"), ("mxfp4", "MXFP4")])
-def test_bits_of_blocks_are_ggmls(form: str, kind: str) -> None:
-    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    assert BITS_PER_WEIGHT[form] == 8 * size / weights
+def test_bits_of_mxfp4_are_ggmls() -> None:
+    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType.MXFP4]
+    assert BITS_PER_WEIGHT["mxfp4"] == 8 * size / weights
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -8,8 +8,8 @@ BITS_PER_WEIGHT = {
     "float16": 16,
     "bfloat16": 16,
     "float8": 8,  # DeepSeek-V3's float32 scale of each 128×128 block adds 0.002
-    "q8": 8.5,  # ggml's Q8_0: 32 weights of 8 bits share a float16 scale
-    "q4": 4.5,  # ggml's Q4_0: 32 weights of 4 bits share a float16 scale
+    "q8": 8.25,  # 32 weights share a scale byte (see quantization); a row's float32 adds 32 / columns
+    "q4": 4.25,  # the same
     "mxfp4": 4.25,  # OCP Microscaling v1.0: 32 weights of 4 bits share an 8-bit exponent
 }
 """With every weight in that format. Real files keep some wider: norms, routers, often embeddings."""

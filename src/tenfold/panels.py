@@ -26,7 +26,7 @@ _ROW_BYTES = {"bf16": 2 * BLOCK, "q8": BLOCK, "q4": BLOCK // 2, "mxfp4": BLOCK /
 _ROW_SCALES = ("q8", "q4")
 _ALIGNMENT = 64
 _GROUP = 4
-_MOST_WEIGHTS = 1 << 20
+_MOST_WEIGHTS = 1 << 18
 """Weights worked on at once, which bounds memory; a panel of very long rows may be more."""
 
 

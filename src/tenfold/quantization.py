@@ -1,14 +1,18 @@
 """Weights to codes and scales and back: pure functions on tensors. `panels` lays the codes out.
 
-q8, q4 and mxfp4 are blocks of 32 columns of a row that share a scale byte. A weight is scale times value:
+q8, q4 and mxfp4 are blocks of 32 columns of a row that share a scale byte s. A weight is scale * value:
 
 | format | value of a code | scale |
 |---|---|---|
-| q8 | code - 128, in -127..127 | row scale * 2^((s >> 4) - 15) * (1 + (s & 15) / 16) |
-| q4 | `Q4_VALUES[code]` | the same |
+| q8 | code - 128, in -127..127 | row scale * minifloat of s, positive |
+| q4 | `Q4_VALUES[code]` | row scale * minifloat of s |
 | mxfp4 | `FP4_VALUES[code]` | 2^(s - 127) (OCP Microscaling Formats 1.0) |
 
-Row scales are powers of two, so that a q8 or q4 weight is exact in float32, however it is multiplied out.
+The minifloat is 2^((s >> 4 & 7) - 7) * (1 + (s & 15) / 16), and negative where s >= 128. Row scales are
+powers of two, which makes every q8 and q4 weight exact in float32, however it is multiplied out.
+
+Quantising is defined to the bit, so that a faster quantiser can be compared with this one. All of it is
+float32 arithmetic, rounded to nearest, but for the sums of squared errors, see `_best_scales`.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,15 +24,22 @@ from torch import Tensor
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What the sixteen codes of E2M1 stand for (OCP Microscaling Formats 1.0, table 5)."""
 
-Q4_VALUES = (-120, -105, -90, -75, -60, -45, -30, -15, 0, 15, 30, 45, 60, 75, 90, 105)
+Q4_VALUES = (-127, -95, -73, -57, -43, -31, -19, -9, 0, 10, 21, 32, 46, 61, 79, 101)
+"""Fitted with the scale search by Lloyd's algorithm: two parts of Gaussian blocks, one of Student's t (5).
+
+Zero is pinned. One end is longer, and the sign of the scale turns it to where a block needs it (LOG.md).
+"""
 
 BLOCK = 32
 """Weights that share one scale."""
 
 QUANTIZED = ("q8", "q4", "mxfp4")
 
-_Q4_STEPS = (0, -1, -2, -3, 1, 2, 3)
+_Q4_STEPS = range(-4, 6)
+"""Scale codes tried, of either sign, around the one that brings the largest weight to 127."""
+
 _SMALLEST_ROW_SCALE = 2.0**-100
+_NEGATIVE = 128
 
 
 @dataclass(frozen=True)
@@ -93,62 +104,81 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def _quantize_q8(weights_RK: Tensor) -> QuantizedRows:
-    """The scale is the largest weight of the block over 127, rounded up: no code is cut short."""
+    """The scale is the largest |weight| of the block over 127, rounded up: no code is cut short."""
     row_scales_R = _row_scales(weights_RK)
     x_RbC = _in_blocks(weights_RK / row_scales_R[:, None])
-    scales_Rb = _minifloat_codes(x_RbC.abs().amax(dim=2) / 127)
-    inverse_Rb = 1 / _minifloats(scales_Rb)
-    codes = (x_RbC * inverse_Rb[..., None]).round_().clamp_(-127, 127) + 128
-    return QuantizedRows(codes.to(torch.uint8).flatten(1), scales_Rb, row_scales_R)
+    scales_Rb = _scale_codes(x_RbC)
+    codes = (x_RbC * (1 / _minifloats(scales_Rb))[..., None]).round_().clamp_(-127, 127) + 128
+    return QuantizedRows(codes.to(torch.uint8).flatten(1), scales_Rb.to(torch.uint8), row_scales_R)
 
 
 def _quantize_q4(weights_RK: Tensor, importance_K: Tensor | None) -> QuantizedRows:
+    """The best of 20 scales: q8's and its neighbours, positive ones first, each sign from the smallest up."""
     row_scales_R = _row_scales(weights_RK)
     x_RbC = _in_blocks(weights_RK / row_scales_R[:, None])
-    largest_code = _minifloat_codes(x_RbC.abs().amax(dim=2) / Q4_VALUES[-1]).int()
-    candidates = [(largest_code + step).clamp_(0, 255) for step in _Q4_STEPS]
-    codes, scales_Rb = _best_scales(x_RbC, Q4_VALUES, candidates, _minifloats, importance_K)
-    return QuantizedRows(codes.flatten(1), scales_Rb, row_scales_R)
+    near_Rb = [(_scale_codes(x_RbC) + step).clamp_(0, 127) for step in _Q4_STEPS]
+    candidates = near_Rb + [scales_Rb | _NEGATIVE for scales_Rb in near_Rb]
+    codes_RbC, scales_Rb = _best_scales(x_RbC, Q4_VALUES, candidates, _minifloats, importance_K)
+    return QuantizedRows(codes_RbC.flatten(1), scales_Rb, row_scales_R)
 
 
 def _quantize_mxfp4(weights_RK: Tensor, importance_K: Tensor | None) -> QuantizedRows:
-    """The exponent of the OCP specification (6.3), or the next, under which 7 is not cut to 6.
+    """The better of two exponents: OCP's (section 6.3), and the next, which does not cut 7 to 6.
 
-    With the first, weights that came from MXFP4 keep their values.
+    Weights that came from MXFP4 keep their values: OCP's, tried first, makes no error on them. Works on
+    doubled weights and values, which are whole numbers.
     """
-    x_RbC = _in_blocks(weights_RK)
-    exponents = (x_RbC.abs().amax(dim=2).view(torch.int32) >> 23) - 2
-    candidates = [(exponents + step).clamp_(0, 254) for step in (0, 1)]
-    ascending = (*range(15, 8, -1), *range(8))  # of both zeros the positive one
-    values = [FP4_VALUES[code] for code in ascending]
-    places, scales_Rb = _best_scales(x_RbC, values, candidates, _powers_of_two, importance_K)
-    codes = torch.tensor(ascending, dtype=torch.uint8)[places.int()]
-    return QuantizedRows(codes.flatten(1), scales_Rb, torch.ones(len(weights_RK)))
+    x_RbC = _in_blocks(2 * weights_RK)
+    exponents_Rb = (_in_blocks(weights_RK).abs().amax(dim=2).view(torch.int32) >> 23) - 2
+    candidates = [(exponents_Rb + step).clamp_(0, 254) for step in (0, 1)]
+    ascending = (*range(15, 8, -1), *range(8))  # codes by value; of the two zeros the positive one
+    values = [int(2 * FP4_VALUES[code]) for code in ascending]
+    places_RbC, scales_Rb = _best_scales(x_RbC, values, candidates, _powers_of_two, importance_K)
+    codes_RbC = torch.tensor(ascending, dtype=torch.uint8)[places_RbC.int()]
+    return QuantizedRows(codes_RbC.flatten(1), scales_Rb, torch.ones(len(weights_RK)))
 
 
 def _best_scales(
     x_RbC: Tensor,
-    values: Sequence[float],
-    candidates: list[Tensor],
+    values: Sequence[int],
+    candidates: Sequence[Tensor],
     decode: Callable[[Tensor], Tensor],
     importance_K: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """For each block the candidate scale code of least squared error, the first of equals, and its codes."""
-    values_c = _floats(values)
-    thresholds = (values_c[1:] + values_c[:-1]) / 2
-    weight_bC = torch.ones(1) if importance_K is None else importance_K.sqrt().view(-1, BLOCK)
+    """For each block the first scale byte of least squared error among the candidates, and its codes.
+
+    Codes are places in `values`, which ascend within int8. The nearest to y = x * (1 / scale), both rounded
+    to float32, is the number of midpoints of neighbours that are <= y. The error of one weight is
+    x - scale * value, exact but for one rounding to float32, and times the float32 square root of its
+    importance, rounded again; its square is exact in float64, and squares are added up by halves.
+    """
+    code_table = _nearest_table(values)
+    value_table = _floats(values)[code_table.int()]
+    root_bC = None if importance_K is None else _in_blocks(importance_K[None]).sqrt()
     least = torch.full(x_RbC.shape[:2], torch.inf, dtype=torch.float64)
-    codes = torch.zeros(x_RbC.shape, dtype=torch.uint8)
     scales_Rb = torch.zeros(x_RbC.shape[:2], dtype=torch.uint8)
     for candidate in candidates:
         scale = decode(candidate)[..., None]
-        found = torch.bucketize(x_RbC * (1 / scale), thresholds, out_int32=True)
-        error = _sum_by_halves(((x_RbC - scale * values_c[found]) * weight_bC).double().square_())
-        better = error < least
-        least = torch.where(better, error, least)
+        error = x_RbC - scale * _look_up(value_table, x_RbC, scale)
+        if root_bC is not None:
+            error *= root_bC
+        total = _sum_by_halves(error.double().square_())
+        better = total < least
+        least = torch.where(better, total, least)
         scales_Rb = torch.where(better, candidate.to(torch.uint8), scales_Rb)
-        codes = torch.where(better[..., None], found.to(torch.uint8), codes)
-    return codes, scales_Rb
+    return _look_up(code_table, x_RbC, decode(scales_Rb)[..., None]), scales_Rb
+
+
+def _nearest_table(values: Sequence[int]) -> Tensor:
+    """The code for every y of int8's range by halves: midpoints of whole numbers lie on halves."""
+    values_c = _floats(values)
+    midpoints = (values_c[1:] + values_c[:-1]) / 2
+    return torch.bucketize(torch.arange(-256, 256) / 2, midpoints, right=True).to(torch.uint8)
+
+
+def _look_up(table: Tensor, x_RbC: Tensor, scale: Tensor) -> Tensor:
+    half_steps = (x_RbC * (1 / scale)).mul_(2).floor_().clamp_(-256, 255).int().add_(256)
+    return table.index_select(0, half_steps.flatten()).view(x_RbC.shape)
 
 
 def _sum_by_halves(terms_RbC: Tensor) -> Tensor:
@@ -162,7 +192,7 @@ def _sum_by_halves(terms_RbC: Tensor) -> Tensor:
 def _row_scales(weights_RK: Tensor) -> Tensor:
     """A 64th of the largest |weight| of each row, rounded down to a power of two; at least 2^-100.
 
-    Scales over 127 then fit a minifloat's top, and none is denormal.
+    It leaves the scale search room above the largest weight over 127, and no scale is denormal.
     """
     largest_R = weights_RK.abs().amax(dim=1)
     power_R = (largest_R.view(torch.int32) >> 23 << 23).view(torch.float32)
@@ -170,14 +200,16 @@ def _row_scales(weights_RK: Tensor) -> Tensor:
 
 
 def _minifloats(codes: Tensor) -> Tensor:
-    """2^((s >> 4) - 15) * (1 + (s & 15) / 16), which is s in the middle of a float32's bits."""
-    return ((codes.int() << 19) + (112 << 23)).view(torch.float32)
+    """Scale bytes to float32: exponent and fraction are seven bits in the middle of a float32's."""
+    magnitudes = ((codes.int() & 127) << 19) + (120 << 23)
+    return torch.where(codes < _NEGATIVE, 1.0, -1.0) * magnitudes.view(torch.float32)
 
 
-def _minifloat_codes(numbers: Tensor) -> Tensor:
-    """The least code whose minifloat is no smaller than a number of at least 0 (or the last of all)."""
-    rounded_up = numbers.view(torch.int32) + (1 << 19) - 1
-    return ((rounded_up >> 19) - (112 << 4)).clamp_(0, 255).to(torch.uint8)
+def _scale_codes(x_RbC: Tensor) -> Tensor:
+    """The least positive scale byte (int32) that is no less than each block's largest |x| over 127."""
+    scale_Rb = x_RbC.abs().amax(dim=2) / 127
+    rounded_up = scale_Rb.view(torch.int32) + (1 << 19) - 1
+    return ((rounded_up >> 19) - (120 << 4)).clamp_(0, 127)
 
 
 def _powers_of_two(codes: Tensor) -> Tensor:
