@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 # Settings are classes whose annotations the parser reads: importing them must stay cheap.
 from tenfold.bench.settings import BenchSettings
-from tenfold.checkpoint.pack.settings import ExpertsFormat, Packing, RestFormat
 from tenfold.errors import TenfoldError
+from tenfold.formats import ExpertsFormat, Packing, RestFormat
 from tenfold.parsed import first_problem
 from tenfold.sampling import SamplingParams
 from tenfold.train.settings import TrainSettings

@@ -11,10 +11,10 @@ from torch import Tensor
 from tenfold.checkpoint.pack.layout import Experts, Matrix, Part, parts_by_file, without_predictor
 from tenfold.checkpoint.pack.opened import Found, find_parts, packed_config
 from tenfold.checkpoint.pack.record import pack_record
-from tenfold.checkpoint.pack.settings import ExpertsFormat, Packing, RestFormat
 from tenfold.checkpoint.weights import list_raw
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
+from tenfold.formats import ExpertsFormat, Packing, RestFormat
 from tenfold.hub import resolve
 from tenfold.model.transformer import Transformer
 from tenfold.panels import pack_matrix

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tenfold.errors import TenfoldError
+from tenfold.kernels import compiled
 from tenfold.quantization import BLOCK, QUANTIZED, QuantizedRows, dequantize, quantize
 
 PANEL_ROWS = 16
@@ -81,7 +82,18 @@ def unpack_matrix(panels: Tensor, form: str, rows: int, columns: int) -> Tensor:
 
 
 def _write(panels_PX: Tensor, weights_RK: Tensor, form: str, importance_K: Tensor | None) -> None:
-    """Fill panels with padded rows."""
+    """Fill panels, all zeros, with padded rows: by the compiled module where it is there, else by torch."""
+    if compiled.available():
+        weights_RK = weights_RK.contiguous()
+        importance = 0 if importance_K is None else importance_K.data_ptr()
+        sizes = (FORMATS.index(form), weights_RK.data_ptr(), *weights_RK.shape)
+        compiled.module().quantize(*sizes, importance, panels_PX.data_ptr())
+    else:
+        write_by_torch(panels_PX, weights_RK, form, importance_K)
+
+
+def write_by_torch(panels_PX: Tensor, weights_RK: Tensor, form: str, importance_K: Tensor | None) -> None:
+    """The same in torch: what the compiled quantiser is tested against, and does without a compiler."""
     codes, scales, row_scales = _split(panels_PX, form, weights_RK.shape[1] // BLOCK)
     if form == "bf16":
         codes.copy_(_interleave(weights_RK.bfloat16().view(torch.uint8), codes))

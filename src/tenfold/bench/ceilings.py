@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold.files import writing
-from tenfold.kernels import native
+from tenfold.kernels import compiled
 from tenfold.memory import available_bytes
 
 READ_BYTES = 1 << 30
@@ -34,9 +34,9 @@ def measure(threads: int, file: Path | None) -> dict[str, Any]:
     the system keeps its cache.
     """
     size = min(READ_BYTES, (available_bytes() or READ_BYTES) // 4)
-    isa = native.isa()
-    if native.available():
-        module = native.module()
+    isa = compiled.isa()
+    if compiled.available():
+        module = compiled.module()
         read = module.read_bandwidth(threads, size)
         peaks = {name: module.peak(kind, isa, threads) or None for name, kind in KINDS.items()}
     else:

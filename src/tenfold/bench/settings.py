@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tenfold.checkpoint.pack.settings import ExpertsFormat, Packing, RestFormat
+from tenfold.formats import ExpertsFormat, Packing, RestFormat
 from tenfold.errors import TenfoldError
 
 

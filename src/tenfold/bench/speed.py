@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tenfold.bench.settings import BenchSettings
-from tenfold.kernels import native
+from tenfold.kernels import compiled
 
 ROUNDS = 5
 
@@ -80,4 +80,4 @@ def one_round(runner: Runner, ids_BS: Tensor, prompt_tokens: int) -> Round:
 
 def native_seconds() -> float:
     """Spent in native calls so far; 0 where the kernels are not used."""
-    return float(native.module().busy_seconds()) if native.available() else 0.0
+    return float(compiled.module().busy_seconds()) if compiled.available() else 0.0

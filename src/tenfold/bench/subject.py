@@ -11,13 +11,13 @@ from tenfold.bench.settings import BenchSettings
 from tenfold.bench.speed import Runner
 from tenfold.bench.torch_runner import TorchRunner
 from tenfold.checkpoint import load_config, load_decoder_only, read_object
-from tenfold.checkpoint.pack.settings import packing_of
+from tenfold.formats import packing_of
 from tenfold.config import ModelConfig
 from tenfold.engine.packed import PackedRunner
 from tenfold.engine.random_weights import random_packed, random_packed_bytes
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve
-from tenfold.kernels import native
+from tenfold.kernels import compiled
 from tenfold.memory import check_fits
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel, Weight, load_packed
@@ -43,7 +43,7 @@ def load(path_or_id: str, settings: BenchSettings) -> Subject:
     path = resolve(path_or_id)
     config = _checked(load_config(path), path_or_id, settings)
     start = time.perf_counter()
-    if native.available() and _is_packed(path):
+    if compiled.available() and _is_packed(path):
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         _check_fits(size, config, path_or_id, settings, "close other programs")
         return _native_subject(load_packed(path), settings, start)
@@ -57,7 +57,7 @@ def random(settings: BenchSettings) -> Subject:
     config = cut(_checked(load_preset(settings.shape), settings.shape, settings), settings.layers)
     what = f"{settings.shape} with {config.num_hidden_layers} layers"
     start = time.perf_counter()
-    if native.available():
+    if compiled.available():
         packing = settings.packing
         what = f"{what} in {packing.experts} and {packing.rest}"
         _check_fits(random_packed_bytes(config, packing), config, what, settings, "cut it with --layers")

@@ -2,13 +2,13 @@
 
 import torch
 
-from tenfold.kernels import native
+from tenfold.kernels import compiled
 
 
 def use_threads(count: int | None) -> int:
     """Have torch and the kernels use that many, by default as many as this process may run on."""
-    count = count or native.default_threads()
+    count = count or compiled.default_threads()
     torch.set_num_threads(count)
-    if native.available():
-        native.set_threads(count)
+    if compiled.available():
+        compiled.module().set_threads(count)
     return count

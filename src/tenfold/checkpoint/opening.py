@@ -7,11 +7,11 @@ from tenfold.checkpoint import read_config, read_object, weights
 from tenfold.checkpoint.gguf.architectures import gguf_config
 from tenfold.checkpoint.gguf.reader import open_gguf
 from tenfold.checkpoint.gguf.slots import READ_BY_CONFIG, gguf_slots
-from tenfold.checkpoint.pack.settings import packing_of
 from tenfold.checkpoint.pack.stored import packed_slots
 from tenfold.checkpoint.slot import SlotMap
 from tenfold.checkpoint.stored import Stored
 from tenfold.errors import TenfoldError
+from tenfold.formats import packing_of
 from tenfold.switch_config import AnyConfig
 
 

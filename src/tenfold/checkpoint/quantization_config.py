@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from tenfold.checkpoint.pack.settings import packing_of
 from tenfold.errors import TenfoldError
+from tenfold.formats import packing_of
 
 
 def weight_block_size(raw: dict[str, Any], source: str) -> tuple[int, int] | None:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from tenfold.checkpoint import read_object, safetensors, torch_bin
-from tenfold.checkpoint.pack.settings import packing_of
 from tenfold.checkpoint.pack.stored import packed_tensors
 from tenfold.checkpoint.quantized import decoded
 from tenfold.checkpoint.raw import RawTensor
 from tenfold.checkpoint.stored import Stored
 from tenfold.errors import TenfoldError
+from tenfold.formats import packing_of
 
 FORMATS = (
     (safetensors.SINGLE, safetensors.INDEX, safetensors.list_file),

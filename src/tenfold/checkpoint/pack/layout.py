@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from tenfold.checkpoint.pack.record import record_bytes, whole_pages
-from tenfold.checkpoint.pack.settings import Packing
 from tenfold.config import ModelConfig
+from tenfold.formats import Packing
 from tenfold.model.transformer import Transformer
 from tenfold.panels import matrix_bytes
 

@@ -8,10 +8,10 @@ import torch
 from tenfold.checkpoint import read_config, read_object
 from tenfold.checkpoint.pack.layout import Experts, Part, Plain, parts_by_file
 from tenfold.checkpoint.pack.record import PAGE
-from tenfold.checkpoint.pack.settings import packing_of
 from tenfold.checkpoint.raw import RawTensor
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
+from tenfold.formats import packing_of
 from tenfold.switch_config import decoder_only
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16)

@@ -23,12 +23,12 @@ from tenfold.checkpoint.opening import Checkpoint, open_checkpoint
 from tenfold.checkpoint.pack.encode import entries
 from tenfold.checkpoint.pack.folder import growing_folder
 from tenfold.checkpoint.pack.layout import parts_by_file, without_predictor
-from tenfold.checkpoint.pack.settings import Packing
 from tenfold.checkpoint.pack.shard import Entry, in_order, write_shard
 from tenfold.checkpoint.pack.source import read_as_ours
 from tenfold.checkpoint.pack.tokenizer_files import copy_tokenizer
 from tenfold.config import ModelConfig
 from tenfold.files import write_json
+from tenfold.formats import Packing
 from tenfold.hub import resolve
 from tenfold.switch_config import decoder_only
 

@@ -1,4 +1,4 @@
-"""The quantization_config of a packed model. No torch here."""
+"""The formats of a packed model, as its quantization_config and the command line name them. No torch here."""
 
 from typing import Any, Literal
 

@@ -1,0 +1,146 @@
+#include "experts.hpp"
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+
+namespace tenfold {
+namespace {
+
+// The filled slots (token * top_k + k) in order of expert, then token.
+struct Routing {
+    std::vector<int32_t> active;    // experts with a token
+    std::vector<int32_t> first;     // of each active expert among the filled slots, and the end
+    std::vector<int32_t> token_of;  // of each filled slot
+    std::vector<int32_t> place_of;  // of each slot among the filled ones, or -1
+
+    Routing(const int32_t* ids, int tokens, int top_k, int experts) : place_of(tokens * top_k, -1) {
+        std::vector<int32_t> next(experts + 1);
+        for (int s = 0; s < tokens * top_k; s++)
+            if (ids[s] >= 0) next[ids[s] + 1]++;
+        for (int e = 0; e < experts; e++)
+            if (next[e + 1]) active.push_back(e);
+        std::partial_sum(next.begin(), next.end(), next.begin());
+        for (int e : active) first.push_back(next[e]);
+        first.push_back(next.back());
+        token_of.resize(next.back());
+        for (int s = 0; s < tokens * top_k; s++)
+            if (ids[s] >= 0) {
+                place_of[s] = next[ids[s]]++;
+                token_of[place_of[s]] = s / top_k;
+            }
+    }
+};
+
+using Buffer = std::unique_ptr<float[]>;  // not initialised: a vector would write it once for nothing
+
+Buffer floats(size_t count) { return Buffer(new float[count]); }
+
+class Call {
+public:
+    Call(Pool& pool, const Kernels& kernels, const Experts& layer, const Routing& routing)
+        : pool_(pool), kernels_(kernels), layer_(layer), routing_(routing),
+          dot_(kernels.dot[static_cast<int>(layer.format)]) {}
+
+    // Gate and up of every filled slot, and their product: (filled, F).
+    Buffer hidden(const float* x) const {
+        const int F = layer_.width, pairs = panels_of(F), blocks = blocks_of(layer_.hidden);
+        const size_t bytes = panel_bytes(layer_.format, layer_.hidden);
+        const Rounded tiles(pool_, kernels_, layer_.format, x, layer_.hidden, routing_.token_of, routing_.first);
+        Buffer out = floats(routing_.token_of.size() * F);
+        each_panel(pairs, [&](int group, int p) {
+            alignas(64) float gate[MAX_TOKENS * ROWS], up[MAX_TOKENS * ROWS], product[MAX_TOKENS * ROWS];
+            const int expert = routing_.active[group];
+            const uint8_t* panel = layer_.record(expert) + 2 * p * bytes;
+            const float* bias = layer_.gate_up_bias;
+            if (bias) bias += static_cast<size_t>(expert) * 2 * F;
+            const int row = p * ROWS, rows = std::min(ROWS, F - row);
+            for (int i = tiles.group_first(group); i < tiles.group_first(group + 1); i++) {
+                const Tile tile = tiles.tile(i);
+                dot_(panel, blocks, tile, gate);
+                dot_(panel + bytes, blocks, tile, up);
+                if (bias) {
+                    add_bias(gate, tile.tokens, bias + row, rows);
+                    add_bias(up, tile.tokens, bias + F + row, rows);
+                }
+                kernels_.swiglu(gate, up, tile.tokens * ROWS, layer_.clamped, product);
+                for (int t = 0; t < tile.tokens; t++)
+                    std::copy_n(product + t * ROWS, rows, &out[static_cast<size_t>(tiles.start(i) + t) * F + row]);
+            }
+        });
+        return out;
+    }
+
+    // Down of every filled slot, from `hidden`: (filled, D).
+    Buffer outputs(const float* hidden) const {
+        const int F = layer_.width, D = layer_.hidden, blocks = blocks_of(F);
+        const size_t skip = 2 * panels_of(F) * panel_bytes(layer_.format, D), bytes = panel_bytes(layer_.format, F);
+        std::vector<int32_t> all(routing_.token_of.size());
+        std::iota(all.begin(), all.end(), 0);
+        const Rounded tiles(pool_, kernels_, layer_.format, hidden, F, all, routing_.first);
+        Buffer out = floats(all.size() * D);
+        each_panel(panels_of(D), [&](int group, int p) {
+            alignas(64) float part[MAX_TOKENS * ROWS];
+            const int expert = routing_.active[group];
+            const uint8_t* panel = layer_.record(expert) + skip + p * bytes;
+            const int row = p * ROWS, rows = std::min(ROWS, D - row);
+            for (int i = tiles.group_first(group); i < tiles.group_first(group + 1); i++) {
+                const Tile tile = tiles.tile(i);
+                dot_(panel, blocks, tile, part);
+                if (layer_.down_bias)
+                    add_bias(part, tile.tokens, layer_.down_bias + static_cast<size_t>(expert) * D + row, rows);
+                for (int t = 0; t < tile.tokens; t++)
+                    std::copy_n(part + t * ROWS, rows, &out[static_cast<size_t>(tiles.start(i) + t) * D + row]);
+            }
+        });
+        return out;
+    }
+
+    void combine(const float* outputs, const float* weights, int tokens, int top_k, float* out) const {
+        const int D = layer_.hidden;
+        pool_.run(tokens, grain(tokens, pool_.size()), [&](size_t begin, size_t end) {
+            for (size_t t = begin; t < end; t++) {
+                float* row = out + t * D;
+                std::fill_n(row, D, 0.0f);
+                for (size_t s = t * top_k; s < (t + 1) * top_k; s++)
+                    if (routing_.place_of[s] >= 0)
+                        kernels_.add_scaled(outputs + static_cast<size_t>(routing_.place_of[s]) * D, weights[s], D, row);
+            }
+        });
+    }
+
+private:
+    // Runs work(group, panel) for all active experts, a thread's share lying together in memory.
+    template <class Work>
+    void each_panel(int panels, const Work& work) const {
+        const size_t items = routing_.active.size() * panels;
+        pool_.run(items, grain(items, pool_.size()), [&](size_t begin, size_t end) {
+            for (size_t item = begin; item < end; item++)
+                work(static_cast<int>(item / panels), static_cast<int>(item % panels));
+        });
+    }
+
+    static void add_bias(float* values, int tokens, const float* bias, int rows) {
+        for (int t = 0; t < tokens; t++)
+            for (int r = 0; r < rows; r++) values[t * ROWS + r] += bias[r];
+    }
+
+    Pool& pool_;
+    const Kernels& kernels_;
+    const Experts& layer_;
+    const Routing& routing_;
+    void (*dot_)(const uint8_t*, int, const Tile&, float*);
+};
+
+}  // namespace
+
+void run_experts(Pool& pool, const Kernels& kernels, const Experts& layer, const float* x, int tokens,
+                 const int32_t* ids, const float* weights, int top_k, float* out) {
+    const Routing routing(ids, tokens, top_k, layer.experts);
+    const Call call(pool, kernels, layer, routing);
+    const Buffer hidden = call.hidden(x);
+    const Buffer outputs = call.outputs(hidden.get());
+    call.combine(outputs.get(), weights, tokens, top_k, out);
+}
+
+}  // namespace tenfold

@@ -1,0 +1,166 @@
+// AVX-512 with VNNI and BF16: 16 rows are the 16 lanes of a register, four products a lane at once.
+#include <immintrin.h>
+
+#include "floats.inl"
+#include "isa.hpp"
+
+namespace tenfold {
+namespace {
+
+constexpr int TOGETHER = 4;  // tokens whose sums are interleaved: one alone would wait for each product
+constexpr size_t AHEAD = 1024;  // bytes
+
+template <Format F>
+inline __m512i codebook() {
+    const uint8_t* table = F == Format::q4 ? Q4_CODEBOOK : MXFP4_CODEBOOK;
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+
+template <Format F>
+inline void unpack(const uint8_t* block, __m512i table, __m512i (&codes)[8]) {
+    if constexpr (F == Format::q8) {
+        for (int g = 0; g < 8; g++) codes[g] = _mm512_loadu_si512(block + g * 64);
+    } else {
+        const __m512i low = _mm512_set1_epi8(15);
+        for (int j = 0; j < 4; j++) {
+            const __m512i both = _mm512_loadu_si512(block + j * 64);
+            codes[2 * j] = _mm512_shuffle_epi8(table, _mm512_and_si512(both, low));
+            codes[2 * j + 1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+        }
+    }
+}
+
+template <Format F>
+inline __m512 block_scales(const uint8_t* bytes) {
+    __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    if constexpr (F == Format::mxfp4) {
+        // 2^(e - 127), halved because the codebook is doubled; below that is a denormal, flushed to zero.
+        wide = _mm512_max_epi32(_mm512_sub_epi32(wide, _mm512_set1_epi32(1)), _mm512_setzero_si512());
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 23));
+    } else {
+        const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(128)), 24);
+        const __m512i size = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(127)), 19);
+        return _mm512_castsi512_ps(_mm512_or_si512(_mm512_add_epi32(size, _mm512_set1_epi32(SCALE_BIAS)), sign));
+    }
+}
+
+// The tokens are a template parameter so that their sums stay in registers.
+template <Format F, int T>
+void tile_dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+    const __m512i table = codebook<F>();
+    const uint8_t* scales = panel + blocks * code_bytes(F);
+    const int32_t* fours = reinterpret_cast<const int32_t*>(tile.codes);
+    __m512 sum[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
+    for (int b = 0; b < blocks; b++) {
+        // With few tokens memory sets the pace, and its own prefetcher stops at every page.
+        if constexpr (T <= 4 && code_bytes(F) == ROWS * BLOCK / 2)
+            for (size_t line = 0; line < code_bytes(F); line += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(panel + b * code_bytes(F) + AHEAD + line), _MM_HINT_T0);
+        __m512i codes[8];
+        unpack<F>(panel + b * code_bytes(F), table, codes);
+        const __m512 scale = block_scales<F>(scales + b * ROWS);
+        const int32_t* x = fours + static_cast<size_t>(b) * T * 8;
+        const float* x_scales = tile.scales + b * T;
+        const int32_t* corrections = tile.corrections + b * T;
+#pragma GCC unroll 16
+        for (int first = 0; first < T; first += TOGETHER) {
+            __m512i whole[TOGETHER];
+#pragma GCC unroll 4
+            for (int i = 0; i < TOGETHER; i++)
+                if (first + i < T) whole[i] = _mm512_set1_epi32(corrections[first + i]);
+#pragma GCC unroll 8
+            for (int g = 0; g < 8; g++)
+#pragma GCC unroll 4
+                for (int i = 0; i < TOGETHER; i++)
+                    if (first + i < T)
+                        whole[i] = _mm512_dpbusd_epi32(whole[i], codes[g], _mm512_set1_epi32(x[(first + i) * 8 + g]));
+#pragma GCC unroll 4
+            for (int i = 0; i < TOGETHER; i++)
+                if (first + i < T)
+                    sum[first + i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[i]),
+                                                     _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[first + i])),
+                                                     sum[first + i]);
+        }
+    }
+    __m512 row_scales = _mm512_set1_ps(1);
+    if constexpr (row_scale_bytes(F) > 0) row_scales = _mm512_loadu_ps(scales + blocks * scale_bytes(F));
+#pragma GCC unroll 16
+    for (int t = 0; t < T; t++) _mm512_storeu_ps(out + t * ROWS, _mm512_mul_ps(sum[t], row_scales));
+}
+
+template <int T>
+void tile_dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+    const int32_t* pairs = reinterpret_cast<const int32_t*>(tile.bf16);
+    // Few tokens have a second sum each, so that no product waits for the one before it.
+    constexpr int SUMS = T <= 8 ? 2 : 1;
+    __m512 sum[T][SUMS];
+    for (int t = 0; t < T; t++)
+        for (int s = 0; s < SUMS; s++) sum[t][s] = _mm512_setzero_ps();
+    for (int b = 0; b < blocks; b++) {
+        const uint8_t* block = panel + b * code_bytes(Format::bf16);
+        const int32_t* x = pairs + static_cast<size_t>(b) * T * 16;
+#pragma GCC unroll 16
+        for (int pair = 0; pair < 16; pair++) {
+            const __m512bh weights = (__m512bh)_mm512_loadu_si512(block + pair * 64);
+#pragma GCC unroll 16
+            for (int t = 0; t < T; t++)
+                sum[t][pair % SUMS] = _mm512_dpbf16_ps(sum[t][pair % SUMS], weights,
+                                                       (__m512bh)_mm512_set1_epi32(x[t * 16 + pair]));
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        __m512 all = sum[t][0];
+        if constexpr (SUMS == 2) all = _mm512_add_ps(all, sum[t][1]);
+        _mm512_storeu_ps(out + t * ROWS, all);
+    }
+}
+
+template <Format F, int T = MAX_TOKENS>
+void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+    if (tile.tokens == T) {
+        if constexpr (F == Format::bf16)
+            tile_dot_bf16<T>(panel, blocks, tile, out);
+        else
+            tile_dot<F, T>(panel, blocks, tile, out);
+    } else if constexpr (T > 1) {
+        dot<F, T - 1>(panel, blocks, tile, out);
+    }
+}
+
+float round_block(const float* values, int8_t* codes, int32_t* correction) {
+    const __m512 low = _mm512_loadu_ps(values), high = _mm512_loadu_ps(values + 16);
+    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+    const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 127 / largest : 0);
+    const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
+    const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtsepi32_epi8(first));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtsepi32_epi8(second));
+    *correction = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+    return largest / 127;
+}
+
+void round_bf16(const float* values, int count, uint16_t* out) {
+    int i = 0;
+    for (; i + 16 <= count; i += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                            (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values + i)));
+    for (; i < count; i++) out[i] = to_bf16(values[i]);
+}
+
+}  // namespace
+
+extern const Kernels avx512_kernels = {
+    "avx512",
+    {dot<Format::bf16>, dot<Format::q8>, dot<Format::q4>, dot<Format::mxfp4>},
+    round_block,
+    round_bf16,
+    rms_norm,
+    product,
+    add_scaled,
+    swiglu,
+    exponentials,
+};
+
+}  // namespace tenfold

@@ -1,0 +1,207 @@
+// What Python sees. Tensors cross as addresses: tenfold/kernels/native.py checks them and keeps them alive.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <memory>
+#include <mutex>
+
+#include "ceilings.hpp"
+#include "layer.hpp"
+#include "quantize.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace tenfold;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+int wanted_threads = 1;
+std::mutex one_call;  // a pool serves one caller at a time
+
+Pool& pool() {
+    static std::unique_ptr<Pool> made;
+    static pid_t owner = 0;
+    if (owner != getpid()) static_cast<void>(made.release());  // a fork has none of its parent's threads
+    if (!made || made->size() != wanted_threads) made = std::make_unique<Pool>(wanted_threads);
+    owner = getpid();
+    return *made;
+}
+
+double busy_seconds = 0;  // since the module was loaded
+
+// Work on the pool, without Python's lock.
+template <class F>
+void work(const F& f) {
+    const Kernels& set = kernels();
+    nb::gil_scoped_release unlocked;
+    std::lock_guard<std::mutex> alone(one_call);
+    const auto start = std::chrono::steady_clock::now();
+    f(pool(), set);
+    busy_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+struct Layer {
+    Attention attention;
+    FeedForward feed_forward;
+    const float *input_norm = nullptr, *post_norm = nullptr;
+    float eps = 0, residual = 1;
+    int hidden = 0;
+    const float *cos = nullptr, *sin = nullptr;
+
+    // x += residual * f(norm(x))
+    template <class F>
+    void add(Pool& pool, const Kernels& set, const float* norm, float* x, int tokens, const F& f) const {
+        std::vector<float> normed(static_cast<size_t>(tokens) * hidden), out(normed.size());
+        pool.run(tokens, 8, [&](size_t begin, size_t end) {
+            for (size_t t = begin; t < end; t++) set.rms_norm(x + t * hidden, norm, hidden, eps, &normed[t * hidden]);
+        });
+        f(normed.data(), out.data());
+        pool.run(tokens, 8, [&](size_t begin, size_t end) {
+            set.add_scaled(&out[begin * hidden], residual, static_cast<int>(end - begin) * hidden, x + begin * hidden);
+        });
+    }
+
+    void run_attention(Address x, Address sequences, Address positions, int tokens, Address keys, Address values,
+                       int capacity) const {
+        work([&](Pool& pool, const Kernels& set) {
+            const Cache cache{at<uint16_t>(keys), at<uint16_t>(values), capacity, attention.heads.kv_heads,
+                              blocks_of(attention.heads.head_dim) * BLOCK};
+            const Places places{at<const int32_t>(sequences), at<const int32_t>(positions), tokens, cos, sin};
+            add(pool, set, input_norm, at<float>(x), tokens, [&](const float* in, float* out) {
+                tenfold::run_attention(pool, set, attention, cache, places, in, out);
+            });
+        });
+    }
+
+    void run_feed_forward(Address x, int tokens) const {
+        work([&](Pool& pool, const Kernels& set) {
+            add(pool, set, post_norm, at<float>(x), tokens, [&](const float* in, float* out) {
+                tenfold::run_feed_forward(pool, set, feed_forward, in, tokens, hidden, out);
+            });
+        });
+    }
+};
+
+Linear new_linear(Address panels, int format, int rows, int columns, Address bias) {
+    return {{at<const uint8_t>(panels), static_cast<Format>(format), rows, columns}, at<const float>(bias)};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.def("set_threads", [](int threads) { wanted_threads = std::max(1, threads); });
+    m.def("threads", [] { return wanted_threads; });
+    m.def("isa", [] { return std::string(kernels().name); });
+    m.def("isas", [] {
+        std::vector<std::string> names;
+        for (const Kernels* set : supported_kernels()) names.emplace_back(set->name);
+        return names;
+    });
+
+    nb::class_<Linear>(m, "Linear")
+        .def(nb::new_(&new_linear), "panels"_a, "format"_a, "rows"_a, "columns"_a, "bias"_a = 0)
+        .def("__call__", [](const Linear& self, Address x, int tokens, Address y) {
+            work([&](Pool& pool, const Kernels& set) {
+                linear(pool, set, {{self.matrix, self.bias, at<float>(y)}}, at<const float>(x), tokens);
+            });
+        })
+        .def("rows", [](const Linear& self, Address ids, int count, Address out) {
+            for (int i = 0; i < count; i++)
+                self.matrix.row(at<const int32_t>(ids)[i], at<float>(out) + static_cast<size_t>(i) * self.matrix.columns);
+        });
+
+    nb::class_<Experts>(m, "Experts")
+        .def(nb::new_([](Address records, size_t record_bytes, int format, int experts, int width, int hidden,
+                         Address gate_up_bias, Address down_bias, bool clamped) {
+                 return Experts{at<const uint8_t>(records), record_bytes, static_cast<Format>(format), experts, width,
+                                hidden, at<const float>(gate_up_bias), at<const float>(down_bias), clamped};
+             }),
+             "records"_a, "record_bytes"_a, "format"_a, "experts"_a, "width"_a, "hidden"_a, "gate_up_bias"_a = 0,
+             "down_bias"_a = 0, "clamped"_a = false)
+        .def("__call__", [](const Experts& self, Address x, int tokens, Address ids, Address weights, int top_k,
+                            Address out) {
+            work([&](Pool& pool, const Kernels& set) {
+                run_experts(pool, set, self, at<const float>(x), tokens, at<const int32_t>(ids),
+                            at<const float>(weights), top_k, at<float>(out));
+            });
+        });
+
+    nb::class_<Router>(m, "Router")
+        .def(nb::new_([](Address weight, int experts, int hidden, int top_k, int choice, Address logit_bias,
+                         Address selection_bias, bool renormalise, int groups, int top_groups, float scale) {
+                 return Router{at<const float>(weight), at<const float>(logit_bias), at<const float>(selection_bias),
+                               experts, hidden, top_k, static_cast<Choice>(choice), renormalise, groups, top_groups,
+                               scale};
+             }),
+             "weight"_a, "experts"_a, "hidden"_a, "top_k"_a, "choice"_a, "logit_bias"_a, "selection_bias"_a,
+             "renormalise"_a, "groups"_a, "top_groups"_a, "scale"_a)
+        .def("__call__", [](const Router& self, Address x, int tokens, Address ids, Address weights) {
+            work([&](Pool& pool, const Kernels& set) {
+                route(pool, set, self, at<const float>(x), tokens, at<int32_t>(ids), at<float>(weights));
+            });
+        });
+
+    nb::class_<Attention>(m, "Attention")
+        .def(nb::new_([](const Linear& q, const Linear& k, const Linear& v, const Linear& o, int heads, int kv_heads,
+                         int head_dim, float scale, int window, Address sinks, Address q_norm, Address k_norm,
+                         bool norm_per_head, int rotary_dim, bool interleave, float eps) {
+                 return Attention{q, k, v, o, {heads, kv_heads, head_dim, scale, window, at<const float>(sinks)},
+                                  at<const float>(q_norm), at<const float>(k_norm), norm_per_head, rotary_dim,
+                                  interleave, eps};
+             }),
+             "q"_a, "k"_a, "v"_a, "o"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "sinks"_a,
+             "q_norm"_a, "k_norm"_a, "norm_per_head"_a, "rotary_dim"_a, "interleave"_a, "eps"_a);
+
+    nb::class_<FeedForward>(m, "FeedForward")
+        .def(nb::new_([](const Linear* gate_up, const Linear* down, Address gate, const Router* router,
+                         const Experts* experts) {
+                 FeedForward made;
+                 made.has_dense = gate_up != nullptr;
+                 if (gate_up) made.dense = {*gate_up, *down};
+                 made.dense_gate = at<const float>(gate);
+                 made.has_experts = experts != nullptr;
+                 if (experts) made.router = *router, made.experts = *experts;
+                 return made;
+             }),
+             "gate_up"_a.none(), "down"_a.none(), "gate"_a, "router"_a.none(), "experts"_a.none());
+
+    nb::class_<Layer>(m, "Layer")
+        .def(nb::new_([](const Attention* attention, const FeedForward& feed_forward, Address input_norm,
+                         Address post_norm, float eps, float residual, int hidden, Address cos, Address sin) {
+                 return Layer{attention ? *attention : Attention{}, feed_forward, at<const float>(input_norm),
+                              at<const float>(post_norm), eps, residual, hidden, at<const float>(cos),
+                              at<const float>(sin)};
+             }),
+             "attention"_a.none(), "feed_forward"_a, "input_norm"_a, "post_norm"_a, "eps"_a, "residual"_a, "hidden"_a,
+             "cos"_a, "sin"_a)
+        .def("attention", &Layer::run_attention)
+        .def("feed_forward", &Layer::run_feed_forward);
+
+    m.def("busy_seconds", [] { return busy_seconds; });
+    m.def("quantize", [](int format, Address weights, int rows, int columns, Address importance, Address panels) {
+        work([&](Pool& pool, const Kernels&) {
+            quantize(pool, static_cast<Format>(format), at<const float>(weights), rows, columns,
+                     at<const float>(importance), at<uint8_t>(panels));
+        });
+    });
+    m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, nb::call_guard<nb::gil_scoped_release>());
+    m.def("peak", &peak, "kind"_a, "isa"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
+
+    m.def("rms_norm", [](Address x, Address weight, int tokens, int hidden, float eps, Address y) {
+        work([&](Pool&, const Kernels& set) {
+            for (int t = 0; t < tokens; t++)
+                set.rms_norm(at<const float>(x) + static_cast<size_t>(t) * hidden, at<const float>(weight), hidden, eps,
+                             at<float>(y) + static_cast<size_t>(t) * hidden);
+        });
+    });
+}

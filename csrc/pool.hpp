@@ -1,0 +1,34 @@
+// A few threads that wait for work by spinning a little, then sleep.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace tenfold {
+
+class Pool {
+public:
+    explicit Pool(int threads);
+    ~Pool();
+    int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+    // Calls work(first, last) for ranges that cover [0, items), `grain` at a time, on all threads.
+    void run(size_t items, size_t grain, const std::function<void(size_t, size_t)>& work);
+
+private:
+    void serve();
+    void take();
+
+    std::vector<std::thread> workers_;
+    const std::function<void(size_t, size_t)>* work_ = nullptr;
+    size_t items_ = 0, grain_ = 1;
+    alignas(64) std::atomic<size_t> next_{0};
+    alignas(64) std::atomic<uint32_t> round_{0};
+    alignas(64) std::atomic<int> busy_{0};
+    std::atomic<bool> stop_{false};
+};
+
+}  // namespace tenfold

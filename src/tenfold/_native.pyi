@@ -1,0 +1,107 @@
+"""The compiled module (csrc/module.cpp). Addresses are of C-contiguous CPU memory that must stay alive."""
+
+def set_threads(threads: int) -> None: ...
+def threads() -> int: ...
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def busy_seconds() -> float: ...
+def quantize(
+    format: int, weights: int, rows: int, columns: int, importance: int, panels: int, /
+) -> None: ...
+def read_bandwidth(threads: int, bytes: int) -> float: ...
+def peak(kind: str, isa: str, threads: int) -> float: ...
+def rms_norm(x: int, weight: int, tokens: int, hidden: int, eps: float, y: int, /) -> None: ...
+
+class Linear:
+    def __init__(self, panels: int, format: int, rows: int, columns: int, bias: int = 0) -> None: ...
+    def __call__(self, x: int, tokens: int, y: int, /) -> None: ...
+    def rows(self, ids: int, count: int, out: int, /) -> None: ...
+
+class Experts:
+    def __init__(
+        self,
+        records: int,
+        record_bytes: int,
+        format: int,
+        experts: int,
+        width: int,
+        hidden: int,
+        gate_up_bias: int = 0,
+        down_bias: int = 0,
+        clamped: bool = False,
+    ) -> None: ...
+    def __call__(self, x: int, tokens: int, ids: int, weights: int, top_k: int, out: int, /) -> None: ...
+
+class Router:
+    def __init__(
+        self,
+        weight: int,
+        experts: int,
+        hidden: int,
+        top_k: int,
+        choice: int,
+        logit_bias: int,
+        selection_bias: int,
+        renormalise: bool,
+        groups: int,
+        top_groups: int,
+        scale: float,
+    ) -> None: ...
+    def __call__(self, x: int, tokens: int, ids: int, weights: int, /) -> None: ...
+
+class Attention:
+    def __init__(
+        self,
+        q: Linear,
+        k: Linear,
+        v: Linear,
+        o: Linear,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int,
+        sinks: int,
+        q_norm: int,
+        k_norm: int,
+        norm_per_head: bool,
+        rotary_dim: int,
+        interleave: bool,
+        eps: float,
+    ) -> None: ...
+
+class FeedForward:
+    def __init__(
+        self,
+        gate_up: Linear | None,
+        down: Linear | None,
+        gate: int,
+        router: Router | None,
+        experts: Experts | None,
+    ) -> None: ...
+
+class Layer:
+    def __init__(
+        self,
+        attention: Attention | None,
+        feed_forward: FeedForward,
+        input_norm: int,
+        post_norm: int,
+        eps: float,
+        residual: float,
+        hidden: int,
+        cos: int,
+        sin: int,
+    ) -> None: ...
+    def attention(
+        self,
+        x: int,
+        sequences: int,
+        positions: int,
+        tokens: int,
+        keys: int,
+        values: int,
+        capacity: int,
+        /,
+    ) -> None: ...
+    def feed_forward(self, x: int, tokens: int, /) -> None: ...

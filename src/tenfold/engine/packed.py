@@ -1,0 +1,86 @@
+"""Running a packed model: the prompt in pieces, then token by token, through the compiled kernels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.engine.latent import PackedLatentAttention
+from tenfold.engine.native_layers import NativeLayers
+from tenfold.errors import TenfoldError
+from tenfold.kernels import compiled
+from tenfold.packed import PackedModel
+
+PIECE = 1024
+"""Tokens of all sequences together that go through the layers at once, which bounds the memory they take."""
+BLOCK = 32
+"""Positions and head dimensions that the cache comes in multiples of (csrc/attention.hpp)."""
+
+
+class PackedRunner:
+    """`batch` sequences of equal length and their KV caches in bf16, for `capacity` positions."""
+
+    def __init__(self, model: PackedModel, batch: int, capacity: int):
+        config = model.config
+        if config.router == "expert_choice" and config.is_sparse:
+            raise TenfoldError("router expert_choice cannot generate: its experts choose among future tokens")
+        self.config, self.batch = config, batch
+        self.capacity = -(-capacity // BLOCK) * BLOCK
+        self._native = NativeLayers(config, model.weights, self.capacity)
+        self._norm = self._native.address("norm.weight")
+        self._embedding = self._native.linear("embed_tokens")
+        self._head = self._embedding if config.tie_word_embeddings else self._native.linear("lm_head")
+        self._latent = [
+            PackedLatentAttention(config, model.weights, n, batch, self.capacity)
+            for n in range(config.num_hidden_layers * config.is_latent)
+        ]
+        self._caches = [] if config.is_latent else [self._new_cache() for _ in self._native.layers]
+        self.length = 0
+
+    def _new_cache(self) -> tuple[Tensor, Tensor]:
+        """Keys and values; the layout within is the kernels' own."""
+        width = -(-self.config.head_dim // BLOCK) * BLOCK
+        shape = (self.batch, self.config.num_key_value_heads, self.capacity * width)
+        return torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)
+
+    def reset(self) -> None:
+        """Forget all positions; what they left in the caches is never read again."""
+        self.length = 0
+
+    @torch.inference_mode()
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Logits (B, V) after the last of the new tokens, which the caches then hold."""
+        if self.length + ids_BS.shape[1] > self.capacity:
+            raise TenfoldError(f"{self.length + ids_BS.shape[1]} positions are more than the {self.capacity} there is room for")
+        x_BSD = torch.empty(0)
+        for piece_BS in ids_BS.split(max(1, PIECE // self.batch), dim=1):
+            x_BSD = self._hidden_states(piece_BS)
+        return self._logits(x_BSD[:, -1].contiguous())
+
+    def _hidden_states(self, ids_BS: Tensor) -> Tensor:
+        new, tokens = ids_BS.shape[1], ids_BS.numel()
+        ids = ids_BS.int().contiguous()
+        x_BSD = torch.empty(*ids.shape, self.config.hidden_size)
+        self._embedding.rows(ids.data_ptr(), tokens, x_BSD.data_ptr())
+        if self.config.embedding_multiplier != 1:
+            x_BSD *= self.config.embedding_multiplier
+        sequences = torch.arange(self.batch, dtype=torch.int32).repeat_interleave(new)
+        positions = torch.arange(self.length, self.length + new, dtype=torch.int32).repeat(self.batch)
+        where = (x_BSD.data_ptr(), sequences.data_ptr(), positions.data_ptr(), tokens)
+        for n, layer in enumerate(self._native.layers):
+            if self._latent:
+                self._latent[n].add_to(x_BSD, self.length)
+            else:
+                keys, values = self._caches[n]
+                layer.attention(*where, keys.data_ptr(), values.data_ptr(), self.capacity)
+            layer.feed_forward(x_BSD.data_ptr(), tokens)
+        self.length += new
+        return x_BSD
+
+    def _logits(self, x_BD: Tensor) -> Tensor:
+        config = self.config
+        normed_BD, logits_BV = torch.empty_like(x_BD), torch.empty(len(x_BD), config.vocab_size)
+        sizes = (len(x_BD), config.hidden_size, config.rms_norm_eps)
+        compiled.module().rms_norm(x_BD.data_ptr(), self._norm, *sizes, normed_BD.data_ptr())
+        self._head(normed_BD.data_ptr(), len(x_BD), logits_BV.data_ptr())
+        return logits_BV if config.logits_scaling == 1 else logits_BV / config.logits_scaling

@@ -1,0 +1,53 @@
+"""The compiled module (csrc/), where this installation has it, and the instruction set it uses."""
+
+import os
+from types import ModuleType
+
+import torch
+
+from tenfold.errors import TenfoldError
+
+try:
+    from tenfold import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
+WHY_NOT = (
+    "this installation has no native kernels (they need a C++20 compiler when tenfold is installed);"
+    " packed models run through torch, from weights in floating point"
+)
+
+
+def available() -> bool:
+    return _native is not None
+
+
+def module() -> ModuleType:
+    """The compiled module. Raises TenfoldError where there is none, or TENFOLD_ISA asks for too much."""
+    if isa() is None:
+        raise TenfoldError(WHY_NOT)
+    return _native
+
+
+def isa() -> str | None:
+    """The instruction set in use: avx512, avx2 or portable; None without native kernels.
+
+    The best this machine has, unless the environment variable TENFOLD_ISA names another. Raises
+    TenfoldError where that is unknown or beyond this machine.
+    """
+    if _native is None:
+        return None
+    try:
+        return _native.isa()
+    except ValueError as error:
+        raise TenfoldError(str(error)) from None
+
+
+def default_threads() -> int:
+    """One a core this process may use, but no more than torch would take."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, torch.get_num_threads()))
+
+
+if _native is not None:
+    _native.set_threads(default_threads())
