@@ -19,9 +19,9 @@ import torch
 from tenfold.bench import ceilings
 from tenfold.bench.subject import cut
 from tenfold.bench.threads import use_threads
-from tenfold.checkpoint.pack.settings import Packing
 from tenfold.config import ModelConfig
 from tenfold.engine.random_weights import random_packed
+from tenfold.formats import Packing
 from tenfold.kernels import native
 from tenfold.packed import PackedExperts, PackedMatrix, PackedModel
 from tenfold.panels import FORMATS
@@ -114,7 +114,7 @@ def main() -> None:
                     if not arguments.json:
                         print(line(rows[-1]), flush=True)
     if arguments.json:
-        print(json.dumps({"threads": threads, "isa": native.isa(), **limits, "rows": rows}))
+        print(json.dumps({"threads": threads, **limits, "rows": rows}))
 
 
 def row(name: str, tokens: int, read: tuple[float, float], done: tuple[float, float | None]) -> Row:

@@ -25,7 +25,7 @@ from tenfold import load_model, load_tokenizer
 from tenfold.bench.threads import use_threads
 from tenfold.checkpoint.gguf.reader import open_gguf
 from tenfold.checkpoint.pack.layout import Matrix, parts_by_file
-from tenfold.checkpoint.pack.settings import Packing
+from tenfold.formats import Packing
 from tenfold.model.transformer import Transformer
 from tenfold.panels import pack_matrix, unpack_matrix
 from tenfold.train.loss import nats_by_piece

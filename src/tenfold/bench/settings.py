@@ -2,8 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tenfold.formats import ExpertsFormat, Packing, RestFormat
 from tenfold.errors import TenfoldError
+from tenfold.formats import ExpertsFormat, Packing, RestFormat
 
 
 class BenchSettings(BaseModel):

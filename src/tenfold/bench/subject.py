@@ -11,11 +11,11 @@ from tenfold.bench.settings import BenchSettings
 from tenfold.bench.speed import Runner
 from tenfold.bench.torch_runner import TorchRunner
 from tenfold.checkpoint import load_config, load_decoder_only, read_object
-from tenfold.formats import packing_of
 from tenfold.config import ModelConfig
 from tenfold.engine.packed import PackedRunner
 from tenfold.engine.random_weights import random_packed, random_packed_bytes
 from tenfold.errors import TenfoldError
+from tenfold.formats import packing_of
 from tenfold.hub import resolve
 from tenfold.kernels import compiled
 from tenfold.memory import check_fits

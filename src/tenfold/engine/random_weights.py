@@ -22,8 +22,8 @@ from tenfold.checkpoint.pack.layout import (
     without_predictor,
 )
 from tenfold.checkpoint.pack.record import down_offset
-from tenfold.formats import Packing
 from tenfold.config import ModelConfig
+from tenfold.formats import Packing
 from tenfold.packed import PackedExperts, PackedMatrix, PackedModel, Weight
 from tenfold.panels import PANEL_ROWS, matrix_bytes, pack_matrix, panel_bytes
 
