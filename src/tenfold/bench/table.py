@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-BAR_WIDTH = 20
+BAR_WIDTH = 12
 
 
 def report(found: dict[str, Any]) -> Group:
@@ -45,7 +45,7 @@ def _model(found: dict[str, Any]) -> Table:
         speed = _number(found[f"{label}_tokens_per_second"], "tokens/s")
         table.add_row(label, speed, *_bar(found[fraction], ceiling))
     if (overhead := found["python_overhead_fraction"]) is not None:
-        table.add_row("Python's share of a step", f"{100 * overhead:.1f}%")
+        table.add_row("outside the kernels", f"{100 * overhead:.1f}%")
     table.add_row("weights read a token", _number(found["weight_bytes_per_token"] / 1e6, "MB"))
     if experts := found["experts_per_layer_and_step"]:
         table.add_row("experts a layer and step", f"{experts:.3g}", "expected")

@@ -15,7 +15,7 @@ from tenfold.model.rope import rope_tables, score_scale
 from tenfold.packed import PackedExperts, PackedMatrix
 
 CHOICES = ("softmax", "topk_softmax", "sigmoid")
-"""Routers of published decoder-only models, in csrc/router.hpp's order."""
+"""In csrc/router.hpp's order."""
 
 
 class NativeLayers:
@@ -77,19 +77,19 @@ class NativeLayers:
 
     def _router(self, prefix: str) -> Any:
         config = self._config
+        as_switch = config.router == "switch"  # top-1 of a softmax, by its own probability
         return compiled.module().Router(
             weight=self.address(prefix + "weight"),
             experts=config.num_experts,
             hidden=config.hidden_size,
             top_k=config.num_experts_per_tok,
-            choice=CHOICES.index(config.router),
+            choice=CHOICES.index("softmax" if as_switch else config.router),
             logit_bias=self.address(prefix + "logit_bias"),
             selection_bias=self.address(prefix + "bias"),
-            renormalise=config.router == "topk_softmax"
-            or (config.norm_topk_prob and config.router != "switch"),
-            groups=1 if config.router == "topk_softmax" else config.n_group,
+            renormalise=config.router == "topk_softmax" or (config.norm_topk_prob and not as_switch),
+            groups=config.n_group if config.router in ("softmax", "sigmoid") else 1,
             top_groups=config.topk_group,
-            scale=config.routed_scaling_factor,
+            scale=1.0 if as_switch else config.routed_scaling_factor,
         )
 
     def _experts(self, name: str) -> Any:
