@@ -112,6 +112,13 @@ def test_panels_do_not_depend_on_each_other(form: str) -> None:
     assert torch.equal(unpack_matrix(packed, form, 296, 1000), torch.cat(parts))
 
 
+@forms
+def test_parameters_and_views_are_packed(form: str) -> None:
+    weights = gaussian(64, 32)
+    expected = pack_matrix(weights.T.clone(memory_format=torch.contiguous_format), form)
+    assert torch.equal(pack_matrix(torch.nn.Parameter(weights).T, form), expected)
+
+
 @st.composite
 def matrices(draw: st.DrawFn) -> Tensor:
     """Odd shapes; rows and single weights from nothing to nearly the largest there is."""
