@@ -49,8 +49,6 @@ def _begin(folder: Path, identity: dict[str, Any]) -> None:
             raise TenfoldError(
                 f"{folder} holds an unfinished pack {what}: finish it with the same settings, or delete it"
             )
-    for half in folder.glob("*.part"):
-        half.unlink()
 
 
 def whole_files(folder: Path) -> list[Path]:
