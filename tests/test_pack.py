@@ -335,12 +335,17 @@ def test_nothing_is_left_where_nothing_was_done(source: Path, monkeypatch: pytes
     assert [path.name for path in source.parent.iterdir()] == ["m"]
 
 
-def test_files_of_a_folder_that_says_nothing_of_them_are_not_trusted(source: Path) -> None:
+@pytest.mark.parametrize("stray", ["model-00001-of-00004.safetensors", "model-00001-of-00007.part"])
+def test_remains_that_nothing_can_go_on_with_are_cleared(source: Path, stray: str) -> None:
+    """Whole files without a record of what they are; a record of something else without a whole file."""
     folder = source.with_name(".packed.packing")
     folder.mkdir()
-    (folder / "model-00001-of-00004.safetensors").write_bytes(b"junk")
+    (folder / stray).write_bytes(b"junk")
+    if stray.endswith(".part"):
+        (folder / "packing.json").write_text('{"experts": "q8"}')
     assert pack(source, source.with_name("packed"), Packing())["files_from_before"] == 0
     load_packed(source.with_name("packed"))
+    assert not list(source.parent.glob("packed/*.part"))
 
 
 KILLED = """
@@ -532,9 +537,7 @@ def test_calibration_rounds_with_care_what_the_text_uses(source: Path) -> None:
     wanted, errors = model.state_dict(), {}
     for name in ("plain", "careful"):
         back = load_model(source.with_name(name)).state_dict()
-        each = {
-            n: float(((back[n] - wanted[n]).square() * w.unsqueeze(-2)).sum()) for n, w in weights.items()
-        }
+        squares = {n: (back[n] - wanted[n]).square() * w.unsqueeze(-2) for n, w in weights.items()}
         kinds = (".experts.gate_up", ".experts.down", ".weight")
         errors[name] = [sum(float(e.sum()) for n, e in squares.items() if n.endswith(kind)) for kind in kinds]
     for careful, plain in zip(errors["careful"], errors["plain"], strict=True):
