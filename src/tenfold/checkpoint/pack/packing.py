@@ -2,8 +2,6 @@
 
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -96,22 +93,25 @@ def _write_shards(folder: Path, shards: list[list[Entry]]) -> int:
     sizes = [sum(entry.num_bytes for entry in shard) for shard in shards]
     paths = [folder / name for name in _names(shards)]
     done = [path.is_file() for path in paths]
-    with _progress(sum(sizes), sum(size for size, there in zip(sizes, done, strict=True) if there)) as (
-        bar,
-        task,
-    ):
+    done_bytes = sum(size for size, there in zip(sizes, done, strict=True) if there)
+    with _progress() as bar:
+        task = bar.add_task("packing", total=sum(sizes), completed=done_bytes)
         for path, shard, there in zip(paths, shards, done, strict=True):
             if not there:
                 write_shard(path, shard, lambda size: bar.advance(task, size))
     return sum(done)
 
 
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[tuple[Progress, TaskID]]:
+def _progress() -> Progress:
     """A bar on stderr, with rate and time left."""
-    columns = (TextColumn("packing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        yield bar, bar.add_task("", total=total, completed=done)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
 
 def _names(shards: list[list[Entry]]) -> list[str]:
