@@ -98,7 +98,7 @@ public:
 
     void combine(const float* outputs, const float* weights, int tokens, int top_k, float* out) const {
         const int D = layer_.hidden;
-        pool_.run(tokens, grain(tokens, pool_.size()), [&](size_t begin, size_t end) {
+        pool_.run(tokens, 1, [&](size_t begin, size_t end) {
             for (size_t t = begin; t < end; t++) {
                 float* row = out + t * D;
                 std::fill_n(row, D, 0.0f);
@@ -114,7 +114,7 @@ private:
     template <class Work>
     void each_panel(int panels, const Work& work) const {
         const size_t items = routing_.active.size() * panels;
-        pool_.run(items, grain(items, pool_.size()), [&](size_t begin, size_t end) {
+        pool_.run(items, 1, [&](size_t begin, size_t end) {
             for (size_t item = begin; item < end; item++)
                 work(static_cast<int>(item / panels), static_cast<int>(item % panels));
         });

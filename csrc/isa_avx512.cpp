@@ -8,7 +8,15 @@ namespace tenfold {
 namespace {
 
 constexpr int TOGETHER = 4;  // tokens whose sums are interleaved: one alone would wait for each product
-constexpr size_t AHEAD = 1024;  // bytes
+// Memory's own prefetcher stops at every page and is a block or two ahead; this far ahead is what it takes
+// to read at the speed of memory (LOG.md).
+constexpr size_t AHEAD = 24 << 10;
+
+template <Format F>
+inline void prefetch(const uint8_t* block) {
+    for (size_t line = 0; line < code_bytes(F); line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(block + AHEAD + line), _MM_HINT_T1);
+}
 
 template <Format F>
 inline __m512i codebook() {
@@ -54,10 +62,7 @@ void tile_dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
     for (int b = 0; b < blocks; b++) {
-        // With few tokens memory sets the pace, and its own prefetcher stops at every page.
-        if constexpr (T <= 4 && code_bytes(F) == ROWS * BLOCK / 2)
-            for (size_t line = 0; line < code_bytes(F); line += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(panel + b * code_bytes(F) + AHEAD + line), _MM_HINT_T0);
+        prefetch<F>(panel + b * code_bytes(F));
         __m512i codes[8];
         unpack<F>(panel + b * code_bytes(F), table, codes);
         const __m512 scale = block_scales<F>(scales + b * ROWS);
@@ -101,6 +106,7 @@ void tile_dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* ou
     for (int b = 0; b < blocks; b++) {
         const uint8_t* block = panel + b * code_bytes(Format::bf16);
         const int32_t* x = pairs + static_cast<size_t>(b) * T * 16;
+        prefetch<Format::bf16>(block);
 #pragma GCC unroll 16
         for (int pair = 0; pair < 16; pair++) {
             const __m512bh weights = (__m512bh)_mm512_loadu_si512(block + pair * 64);

@@ -5,8 +5,6 @@
 
 namespace tenfold {
 
-size_t grain(size_t items, int threads) { return std::clamp<size_t>(items / (threads * 16), 1, 8); }
-
 namespace {
 
 std::vector<int32_t> tile_starts(const std::vector<int32_t>& first, std::vector<int32_t>& groups) {
@@ -108,7 +106,7 @@ void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& prod
         }
         first.push_back(first.back() + panels_of(p.matrix.rows));
     }
-    pool.run(first.back(), grain(first.back(), pool.size()), [&](size_t begin, size_t end) {
+    pool.run(first.back(), 1, [&](size_t begin, size_t end) {
         alignas(64) float out[MAX_TOKENS * ROWS];
         size_t which = 0;
         for (size_t item = begin; item < end; item++) {

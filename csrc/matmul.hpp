@@ -55,7 +55,4 @@ struct Product {
 // y = x W^T + bias for several matrices of one number of columns that share x (tokens, columns).
 void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& products, const float* x, int tokens);
 
-// As few items at a time as keep a thread busy for a while, so that all threads end together.
-size_t grain(size_t items, int threads);
-
 }  // namespace tenfold

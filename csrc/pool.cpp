@@ -1,5 +1,7 @@
 #include "pool.hpp"
 
+#include <algorithm>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define PAUSE() _mm_pause()
@@ -39,11 +41,15 @@ void Pool::run(size_t items, size_t grain, const std::function<void(size_t, size
     while (busy_.load(std::memory_order_acquire)) PAUSE();
 }
 
+// Half of a fair share of what is left at a time: long stretches of memory first, and all end together.
 void Pool::take() {
-    for (;;) {
-        size_t first = next_.fetch_add(grain_, std::memory_order_relaxed);
-        if (first >= items_) return;
-        (*work_)(first, first + grain_ < items_ ? first + grain_ : items_);
+    size_t first = next_.load(std::memory_order_relaxed);
+    while (first < items_) {
+        const size_t share = std::max(grain_, (items_ - first) / (2 * size()));
+        const size_t last = std::min(items_, first + share);
+        if (!next_.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
+        (*work_)(first, last);
+        first = next_.load(std::memory_order_relaxed);
     }
 }
 

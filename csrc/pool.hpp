@@ -15,7 +15,7 @@ public:
     ~Pool();
     int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-    // Calls work(first, last) for ranges that cover [0, items), `grain` at a time, on all threads.
+    // Calls work(first, last) for ranges that cover [0, items), of at least `grain`, on all threads.
     void run(size_t items, size_t grain, const std::function<void(size_t, size_t)>& work);
 
 private:

@@ -1,11 +1,13 @@
 """Generating text with a model: prefill the prompt, then decode token by token."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tenfold.device import one_torch_thread
 from tenfold.engine import encoder_decoder
 from tenfold.engine.loading import AnyModel, load_model_and_tokenizer
 from tenfold.engine.runner import new_runner
@@ -40,12 +42,13 @@ def generate_tokens(
     runner = new_runner(model, 1, len(prompt_ids) + wanted)
     sampler = Sampler(params)
     step = torch.tensor([list(prompt_ids)])
-    for _ in range(wanted):
-        token = sampler(runner.forward(step)[0])
-        if token in config.eos_token_ids:
-            return
-        yield token
-        step = torch.tensor([[token]])
+    with one_torch_thread() if isinstance(model, PackedModel) else nullcontext():
+        for _ in range(wanted):
+            token = sampler(runner.forward(step)[0])
+            if token in config.eos_token_ids:
+                return
+            yield token
+            step = torch.tensor([[token]])
 
 
 def new_tokens(

@@ -1,0 +1,166 @@
+"""Packed models through the engine: every family against the torch model of the same weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from random_families import FAMILIES, random_fields
+from test_cli import run
+from texts import TEXTS
+from torch import Tensor
+
+from tenfold.checkpoint import load_model, save_model
+from tenfold.checkpoint.pack.packing import pack
+from tenfold.config import ModelConfig
+from tenfold.engine.llm import Generation
+from tenfold.engine.loading import load_model_and_tokenizer
+from tenfold.engine.packed import PIECE, PackedRunner
+from tenfold.errors import TenfoldError
+from tenfold.formats import Packing
+from tenfold.kernels import compiled
+from tenfold.model.transformer import Transformer
+from tenfold.packed import PackedModel, packed_of
+from tenfold.sampling import SamplingParams
+from tenfold.tokenizer import Tokenizer, train_bpe
+
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels in this installation")
+
+
+def build(fields: dict[str, object], seed: int = 0) -> Transformer:
+    """Weights that bf16 holds exactly; biases, norms and sinks that matter."""
+    model = Transformer(ModelConfig.parse(fields, "test")).init_weights(seed).eval()
+    torch.manual_seed(seed)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.ndim == 1 or name.endswith("_bias"):
+            tensor.data = torch.randn_like(tensor) / 10 + ("norm" in name)
+        tensor.data = tensor.data.bfloat16().float()
+    return model
+
+
+def stepwise(runner: PackedRunner, ids_BS: Tensor, prompt: int) -> Tensor:
+    """Logits (B, S - prompt + 1, V) after the prompt and after each token that follows it."""
+    logits = [runner.forward(ids_BS[:, :prompt])]
+    logits += [runner.forward(ids_BS[:, n : n + 1]) for n in range(prompt, ids_BS.shape[1])]
+    return torch.stack(logits, dim=1)
+
+
+def errors(got_BSV: Tensor, wanted_BSV: Tensor) -> Tensor:
+    return (got_BSV - wanted_BSV).norm(dim=-1) / wanted_BSV.norm(dim=-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", [0, 2, 3])
+@torch.inference_mode()
+def test_every_family_as_torch_computes_it(family: str, seed: int) -> None:
+    model = build(random_fields(family, seed), seed)
+    ids_BS = torch.randint(0, model.config.vocab_size, (3, 27))
+    wanted = model(ids_BS)[:, 20:]
+    got = stepwise(PackedRunner(packed_of(model, "bf16", "bf16"), 3, 27), ids_BS, 21)
+    # Activations and cache are bf16 here. Where two experts score alike, that may choose the other one.
+    assert errors(got, wanted).median() < 0.02
+    assert errors(got, wanted).quantile(0.8) < 0.06
+
+
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 40, "num_experts": 6, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "max_position_embeddings": 4096, "initializer_range": 0.3,
+}  # fmt: skip
+DENSE = SHAPE | {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+
+
+@pytest.mark.parametrize("isa", compiled.module().isas() if compiled.available() else [])
+@torch.inference_mode()
+def test_every_instruction_set_says_the_same(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed_of(build(DENSE), "q4", "q8")
+    ids_BS = torch.randint(0, 97, (2, 40))
+    wanted = stepwise(PackedRunner(model, 2, 40), ids_BS, 35)
+    monkeypatch.setenv("TENFOLD_ISA", isa)
+    assert errors(stepwise(PackedRunner(model, 2, 40), ids_BS, 35), wanted).max() < 0.02
+
+
+@torch.inference_mode()
+def test_a_prompt_in_pieces_and_a_batch_of_sequences() -> None:
+    """A long prompt goes through the layers in pieces, and no sequence sees another."""
+    model = packed_of(build(DENSE | {"sliding_window": 50}), "bf16", "bf16")
+    ids_BS = torch.randint(0, 97, (2, PIECE + 100))
+    whole = PackedRunner(model, 2, ids_BS.shape[1]).forward(ids_BS)
+    alone = [PackedRunner(model, 1, ids_BS.shape[1]).forward(row[None])[0] for row in ids_BS]
+    assert errors(whole, torch.stack(alone)).max() < 0.02
+    runner = PackedRunner(model, 2, ids_BS.shape[1])
+    runner.forward(ids_BS[:, :7])
+    runner.reset()
+    assert runner.forward(ids_BS).equal(whole)
+
+
+@torch.inference_mode()
+def test_q8_is_near_and_q4_not_far() -> None:
+    model = build(DENSE)
+    ids_BS = torch.randint(0, 97, (4, 30))
+    wanted = model(ids_BS)[:, 20:]
+    q8, q4 = (
+        errors(stepwise(PackedRunner(packed_of(model, "q8", rest), 4, 30), ids_BS, 21), wanted).median()
+        for rest in ("q8", "q4")
+    )
+    assert q8 < 0.04 < q4 < 0.4
+
+
+def test_there_is_no_room_beyond_the_capacity() -> None:
+    runner = PackedRunner(packed_of(build(DENSE), "q8", "q8"), 1, 20)
+    with pytest.raises(TenfoldError, match="33 positions are more than the 32"):
+        runner.forward(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_expert_choice_is_refused() -> None:
+    model = packed_of(build(SHAPE | {"router": "expert_choice"}), "q8", "q8")
+    with pytest.raises(TenfoldError, match="expert_choice cannot generate"):
+        PackedRunner(model, 1, 8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse model of a text tokenizer, saved and packed: `model` and `packed`."""
+    root = tmp_path_factory.mktemp("packed")
+    tokenizer = Tokenizer(train_bpe(iter(TEXTS * 5 + ["the cat sat on the mat"] * 9), 300))
+    model = build(SHAPE | {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id})
+    save_model(model, root / "model", tokenizer)
+    pack(root / "model", root / "packed", Packing(experts="q8", rest="bf16"))
+    return root
+
+
+def test_generate_runs_the_packed_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load_model_and_tokenizer(folder / "packed")
+    assert isinstance(model, PackedModel)
+    greedy = SamplingParams(max_tokens=20, temperature=0)
+    generation = Generation(model, tokenizer, "the cat sat", greedy).finish()
+    arguments = ["--prompt", "the cat sat", "--max-tokens", 20, "--temperature", 0, "--json"]
+    status, out, _ = run(capsys, "generate", folder / "packed", *arguments)
+    assert status == 0 and json.loads(out)["tokens"] == generation.tokens
+    # As torch says from the same, dequantised weights: of the first token the two are sure.
+    torch_model = load_model(folder / "packed")
+    assert (
+        generation.tokens[0] == Generation(torch_model, tokenizer, "the cat sat", greedy).finish().tokens[0]
+    )
+
+
+def test_without_kernels_the_same_command_runs_through_torch(folder: Path) -> None:
+    code = (
+        "import sys; sys.modules['tenfold._native'] = None\n"
+        "from tenfold.cli import main; sys.argv[0] = 'tenfold'; main()"
+    )
+    arguments = ["generate", str(folder / "packed"), "--prompt", "the cat", "--max-tokens", "3", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["finish_reason"] in ("length", "stop")
+
+
+def test_torchs_threads_are_given_back(folder: Path) -> None:
+    threads = torch.get_num_threads()
+    model, tokenizer = load_model_and_tokenizer(folder / "packed")
+    for _ in Generation(model, tokenizer, "the", SamplingParams(max_tokens=2, seed=0)):
+        pass
+    assert torch.get_num_threads() == threads
