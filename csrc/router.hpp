@@ -6,7 +6,7 @@
 
 namespace tenfold {
 
-enum class Choice : int { softmax = 0, topk_softmax = 1, sigmoid = 2, switch_top1 = 3 };
+enum class Choice : int { softmax = 0, topk_softmax = 1, sigmoid = 2 };
 
 struct Router {
     const float* weight = nullptr;          // (E, D)

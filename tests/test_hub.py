@@ -18,7 +18,8 @@ import pytest
 
 from tenfold.checkpoint import save_model
 from tenfold.config import ModelConfig
-from tenfold.engine.llm import Generation, load_model_and_tokenizer
+from tenfold.engine.llm import Generation
+from tenfold.engine.loading import load_model_and_tokenizer
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve
 from tenfold.model.transformer import Transformer

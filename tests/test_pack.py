@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf_files import expressible, write_model
 from random_families import FAMILIES, random_fields
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from tenfold.checkpoint import load_config, load_model, save_model
 from tenfold.checkpoint.pack import shard
+from tenfold.checkpoint.pack.calibrate import ENOUGH, importance
 from tenfold.checkpoint.pack.packing import pack
 from tenfold.checkpoint.pack.verify import verify
 from tenfold.config import ModelConfig
@@ -98,7 +101,7 @@ def test_bf16_there_and_back_is_exact(family: str, seed: int, tmp_path: Path) ->
     summary = pack(tmp_path / "m", tmp_path / "packed", BF16)
     wanted, back = load_model(tmp_path / "m"), load_model(tmp_path / "packed")
     left_out = wanted.state_dict().keys() - back.state_dict().keys()
-    assert all(name.startswith("mtp.") for name in left_out)
+    assert left_out == {name for name in wanted.state_dict() if name.startswith("mtp.")}
     assert summary["left_out_mtp_params"] == load_config(tmp_path / "m").mtp_params()
     for name, tensor in back.state_dict().items():
         assert torch.equal(tensor, wanted.state_dict()[name]), name
@@ -232,7 +235,10 @@ def test_the_command_line_packs_inspects_and_unpacks(
 
 
 def test_unpacking_is_for_packed_models(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in (("unpack", source, "-o", source.with_name("x")), ("inspect", source, "--verify")):
+    write_model(gguf := source.with_name("m.gguf"), build(expressible("mixtral", 0)), False, False)
+    out = ("-o", source.with_name("x"))
+    verbs = (("unpack", source, *out), ("unpack", gguf, *out), ("inspect", source, "--verify"))
+    for verb in (*verbs, ("inspect", gguf, "--verify")):
         status, _, err = run(capsys, *verb)
         assert status == 2 and "is no packed model" in err
     assert not source.with_name("x").exists()
@@ -274,21 +280,18 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         pack(tmp_path / "m", tmp_path / "packed", Packing())
 
 
-class Stop(Exception):
-    """What interrupts a run."""
-
-
 def stop_at_write(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
-    """Let that write of a tensor fail."""
-    write, count = shard._write, [0]
+    """Let the writing of that piece of a tensor fail."""
+    make, count = shard._padded, [0]
 
-    def failing(*arguments: Any) -> None:
-        count[0] += 1
-        if count[0] == number:
-            raise error
-        write(*arguments)
+    def failing(entry: shard.Entry) -> Iterator[memoryview]:
+        for chunk in make(entry):
+            count[0] += 1
+            if count[0] == number:
+                raise error
+            yield chunk
 
-    monkeypatch.setattr(shard, "_write", failing)
+    monkeypatch.setattr(shard, "_padded", failing)
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -332,19 +335,34 @@ def test_nothing_is_left_where_nothing_was_done(source: Path, monkeypatch: pytes
     assert [path.name for path in source.parent.iterdir()] == ["m"]
 
 
+@pytest.mark.parametrize("stray", ["model-00001-of-00004.safetensors", "model-00001-of-00007.part"])
+def test_remains_that_nothing_can_go_on_with_are_cleared(source: Path, stray: str) -> None:
+    """Whole files without a record of what they are; a record of something else without a whole file."""
+    folder = source.with_name(".packed.packing")
+    folder.mkdir()
+    (folder / stray).write_bytes(b"junk")
+    if stray.endswith(".part"):
+        (folder / "packing.json").write_text('{"experts": "q8"}')
+    assert pack(source, source.with_name("packed"), Packing())["files_from_before"] == 0
+    load_packed(source.with_name("packed"))
+    assert not list(source.parent.glob("packed/*.part"))
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tenfold.checkpoint.pack import shard
+from tenfold.checkpoint.pack.calibrate import ENOUGH, importance
 from tenfold.checkpoint.pack.packing import pack
 from tenfold.formats import Packing
-write, count = shard._write, [0]
-def failing(*arguments):
-    count[0] += 1
-    if count[0] == 20:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(*arguments)
-shard._write = failing
+make, count = shard._padded, [0]
+def killing(entry):
+    for chunk in make(entry):
+        count[0] += 1
+        if count[0] == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield chunk
+shard._padded = killing
 pack(sys.argv[1], Path(sys.argv[2]), Packing())
 """
 
@@ -445,9 +463,15 @@ BAD = {
     ),
     "vocabulary": (config_field(vocab_size=65), "embed_tokens.weight is packed as q8 67x24, not as q8 65x24"),
     "width": (config_field(moe_intermediate_size=20), "is packed as q4 24x19, not as q4 24x20"),
-    "more experts": (config_field(num_experts=6), "router.weight is packed as plain 5x24, not as plain 6x24"),
-    "fewer experts": (config_field(num_experts=4), "router.weight is packed as plain 5x24, not as plain 4x24"),
-    "more layers": (config_field(num_hidden_layers=4), "tensor layers.3.input_layernorm.weight is missing, which"),
+    "more experts": (config_field(num_experts=6), "router.weight is packed as plain 5x24, not as plain 6"),
+    "fewer experts": (
+        config_field(num_experts=4),
+        "router.weight is packed as plain 5x24, not as plain 4",
+    ),
+    "more layers": (
+        config_field(num_hidden_layers=4),
+        "layers.3.input_layernorm.weight is missing, which",
+    ),
     "fewer layers": (config_field(num_hidden_layers=2), "has no place in .*config.json"),
     "tied": (config_field(tie_word_embeddings=True), "tensor lm_head.weight has no place"),
 }
@@ -461,6 +485,75 @@ def test_bad_packs(packed: Path, harm: Any, message: str) -> None:
         with pytest.raises(TenfoldError, match=message) as caught:
             load(packed)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("family", "split"), [("mixtral", True), ("deepseek_v2", True), ("gpt_oss", False)])
+def test_gguf_files_are_packed(family: str, split: bool, tmp_path: Path) -> None:
+    """With permuted rows, heads that are split in two tensors, and experts in one."""
+    write_model(tmp_path / "m.gguf", build(expressible(family, 0)), split_kv_b=split, fused_experts=False)
+    pack(tmp_path / "m.gguf", tmp_path / "packed", BF16)
+    back = load_model(tmp_path / "packed", torch.bfloat16).state_dict()
+    for name, tensor in load_model(tmp_path / "m.gguf", torch.bfloat16).state_dict().items():
+        assert torch.equal(tensor, back[name]), name
+
+
+@torch.no_grad()
+def test_importance_is_the_mean_squared_input() -> None:
+    """Of one layer, worked out by hand; an expert with few tokens has the layer's."""
+    model = build({**SMALL, "num_hidden_layers": 1, "mlp_only_layers": ()})
+    tokens = ids(1, 60)[0]
+    found = importance(model, tokens)
+    seen: dict[str, Tensor] = {}
+    layer = model.layers[0]
+    layer.mlp.register_forward_hook(lambda _, inputs, out: seen.update(x=inputs[0].flatten(0, 1)))
+    _, (aux,) = model(tokens[None], return_aux=True)
+    attended = layer.input_layernorm(model.embed_tokens(tokens))
+    close = torch.testing.assert_close
+    close(found["layers.0.self_attn.q_proj.weight"], attended.square().mean(0))
+    close(found["layers.0.mlp.shared_experts.gate_up.weight"], seen["x"].square().mean(0))
+    chosen, x, experts = aux.expert_ids_TK, seen["x"], layer.mlp.experts
+    _, weights, _ = layer.mlp.router(x[None])
+    counts = [int((chosen == expert).sum()) for expert in range(5)]
+    assert min(counts) < ENOUGH <= max(counts)
+    of_layer = sum(x[(chosen == e).any(1)].square().sum(0) for e in range(5)) / sum(counts)
+    for expert, count in enumerate(counts):
+        token, slot = torch.where(chosen == expert)
+        wanted = x[token].square().mean(0) if count >= ENOUGH else of_layer
+        close(found["layers.0.mlp.experts.gate_up"][expert], wanted)
+        if count >= ENOUGH:
+            gate, up = (x[token] @ experts.gate_up[expert].T).chunk(2, -1)
+            hidden = torch.nn.functional.silu(gate) * up * weights[token, slot, None]
+            close(found["layers.0.mlp.experts.down"][expert], hidden.square().mean(0))
+
+
+def test_calibration_rounds_with_care_what_the_text_uses(source: Path) -> None:
+    text = source.with_name("text.txt")
+    text.write_text(" ".join(f"w{number % 30 + 1}" for number in range(3000)))
+    pack(source, source.with_name("plain"), Packing(experts="q4", rest="q4"))
+    pack(source, source.with_name("careful"), Packing(experts="q4", rest="q4"), text)
+    model = load_model(source)
+    assert isinstance(model, Transformer)
+    weights = importance(model, torch.tensor(word_tokenizer().encode(text.read_text())[:4096]))
+    wanted, errors = model.state_dict(), {}
+    for name in ("plain", "careful"):
+        back = load_model(source.with_name(name)).state_dict()
+        squares = {n: (back[n] - wanted[n]).square() * w.unsqueeze(-2) for n, w in weights.items()}
+        kinds = (".experts.gate_up", ".experts.down", ".weight")
+        errors[name] = [sum(float(e.sum()) for n, e in squares.items() if n.endswith(kind)) for kind in kinds]
+    for careful, plain in zip(errors["careful"], errors["plain"], strict=True):
+        assert careful < 0.97 * plain, errors
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), (b"", "no text there"), (b"\xff\xfe\xff", "not UTF-8 text")],
+)
+def test_bad_calibration_text(source: Path, content: bytes | None, message: str) -> None:
+    text = source.with_name("text.txt")
+    if content is not None:
+        text.write_bytes(content)
+    with pytest.raises(TenfoldError, match=f"text.txt: .*{message}"):
+        pack(source, source.with_name("packed"), Packing(), text)
 
 
 def test_stacked_experts_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

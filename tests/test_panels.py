@@ -1,5 +1,6 @@
 """Packed matrices: every byte where the layout says, every shape, and what is refused."""
 
+import hashlib
 import math
 import struct
 
@@ -16,6 +17,14 @@ from tenfold.quantization import FP4_VALUES, Q4_VALUES
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 forms = pytest.mark.parametrize("form", FORMATS)
+
+
+DIGESTS = {
+    "bf16": "67ca6660ebfa7cef",
+    "q8": "e6db5059ee7a0780",
+    "q4": "ad48bd3283d540dd",
+    "mxfp4": "b6d6b2981a52aa26",
+}
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -64,6 +73,16 @@ def test_bytes_lie_where_the_layout_says(form: str, rows: int, columns: int) -> 
 
 
 @forms
+def test_the_bits_of_a_format_never_change(form: str) -> None:
+    """Packed models are on disks, and faster quantisers are held to these bits."""
+    weights = (torch.arange(33 * 70) * 40503 % 65536 - 32768).view(33, 70) / 2**15
+    weights[20, :32], weights[21, 0] = 0, 300
+    importance = torch.arange(70) / 7
+    digest = hashlib.sha256(bytes(pack_matrix(weights**3, form, importance).tolist())).hexdigest()
+    assert digest[:16] == DIGESTS[form]
+
+
+@forms
 def test_padding_is_zero(form: str) -> None:
     packed = pack_matrix(gaussian(17, 33), form)
     whole = unpack_matrix(packed, form, 32, 64)
@@ -91,6 +110,13 @@ def test_panels_do_not_depend_on_each_other(form: str) -> None:
     assert torch.equal(packed, torch.cat(panels))
     parts = [unpack_matrix(panel, form, min(16, 296 - 16 * i), 1000) for i, panel in enumerate(panels)]
     assert torch.equal(unpack_matrix(packed, form, 296, 1000), torch.cat(parts))
+
+
+@forms
+def test_parameters_and_views_are_packed(form: str) -> None:
+    weights = gaussian(64, 32)
+    expected = pack_matrix(weights.T.clone(memory_format=torch.contiguous_format), form)
+    assert torch.equal(pack_matrix(torch.nn.Parameter(weights).T, form), expected)
 
 
 @st.composite

@@ -4,8 +4,8 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from tenfold.checkpoint.store import Model
 from tenfold.engine.llm import Generation
+from tenfold.engine.loading import AnyModel
 from tenfold.errors import TenfoldError
 from tenfold.sampling import SamplingParams
 from tenfold.switch_config import decoder_only
@@ -22,7 +22,7 @@ class Chat:
 
     def __init__(
         self,
-        model: Model,
+        model: AnyModel,
         tokenizer: Tokenizer,
         params: SamplingParams,
         system: str | None,

@@ -160,7 +160,7 @@ def chat(
         say this, print the answer and end
     """
     from tenfold.chat import Chat, talk
-    from tenfold.engine.llm import load_model_and_tokenizer
+    from tenfold.engine.loading import load_model_and_tokenizer
 
     if json and message is None:
         raise TenfoldError("--json needs --message: a conversation is no single object")
@@ -179,6 +179,7 @@ def pack(
     out: Out,
     experts: ExpertsFormat = "q4",
     rest: RestFormat = "q8",
+    calibrate: Path | None = None,
     json: Json = False,
 ) -> None:
     """Shrink a model, and lay it out for running.
@@ -195,10 +196,12 @@ def pack(
         format of the routed experts
     rest
         format of every other matrix
+    calibrate
+        text file that the whole model reads first, to round with most care what its inputs use most
     """
     from tenfold.checkpoint.pack.packing import pack as run
 
-    _print_table(run(model, out, Packing(experts=experts, rest=rest)), "packed", json)
+    _print_table(run(model, out, Packing(experts=experts, rest=rest), calibrate), "packed", json)
 
 
 @app.command

@@ -24,7 +24,7 @@ def inspect(model: str, context: int, verify: bool = False) -> dict[str, Any]:
     checksum of a packed directory is checked: `verified` counts them, a TenfoldError names what is damaged.
     """
     if verify:
-        return inspect(model, context) | {"verified": _verified(Path(model))}
+        return inspect(model, context) | {"verified": _verified(model)}
     if "/" not in model and not model.endswith(".gguf") and not Path(model).exists():
         return describe(load_preset(model), context)
     path = resolve(model, "config")
@@ -34,10 +34,10 @@ def inspect(model: str, context: int, verify: bool = False) -> dict[str, Any]:
     return found
 
 
-def _verified(directory: Path) -> dict[str, int]:
+def _verified(model: str) -> dict[str, int]:
     from tenfold.checkpoint.pack.verify import verify
 
-    return verify(directory)
+    return verify(model)
 
 
 def _has_weights(directory: Path) -> bool:

@@ -90,8 +90,8 @@ def load_packed(path_or_id: str | Path) -> PackedModel:
     """
     directory = resolve(path_or_id)
     config_json = directory / "config.json"
-    config, _ = packed_config(config_json)
-    found = find_parts(list_raw(directory), config_json)
+    config, parts = packed_config(config_json)
+    found = find_parts(list_raw(directory), parts, config_json)
     maps = {file: _map(file) for file in {raw.file for there in found for raw in there.raws}}
     return PackedModel(config, {there.part.name: _mapped(there, maps) for there in found})
 

@@ -55,7 +55,7 @@ def pack_matrix(weights_NK: Tensor, form: str, importance_K: Tensor | None = Non
     out = torch.zeros(matrix_bytes(form, rows, columns), dtype=torch.uint8)
     panels_PX = out.view(-1, panel_bytes(form, columns))
     for start, stop in _slabs(rows, columns):
-        slab = _checked(weights_NK[start:stop].float())
+        slab = _checked(weights_NK[start:stop].detach().float().contiguous())
         slab = F.pad(slab, (0, padding, 0, -len(slab) % PANEL_ROWS))
         first = start // PANEL_ROWS
         _write(panels_PX[first : first + len(slab) // PANEL_ROWS], slab, form, importance_K)

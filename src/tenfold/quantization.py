@@ -12,7 +12,9 @@ The minifloat is 2^((s >> 4 & 7) - 7) * (1 + (s & 15) / 16), and negative where 
 powers of two, which makes every q8 and q4 weight exact in float32, however it is multiplied out.
 
 Quantising is defined to the bit, so that a faster quantiser can be compared with this one. All of it is
-float32 arithmetic, rounded to nearest, but for the sums of squared errors, see `_best_scales`.
+float32 arithmetic, rounded to nearest even, but for the sums of squared errors, see `_best_scales`.
+
+Suffixes: R rows of K columns, which are b blocks of C columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +46,7 @@ _NEGATIVE = 128
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """R rows of K columns (a multiple of `BLOCK`), b blocks a row."""
+    """Rows of whole blocks."""
 
     codes_RK: Tensor
     """uint8; below 16 in q4 and mxfp4."""
@@ -65,12 +67,9 @@ def quantize(weights_RK: Tensor, form: str, importance_K: Tensor | None = None) 
 def dequantize(rows: QuantizedRows, form: str) -> Tensor:
     """Float32 weights (R, K)."""
     codes = _in_blocks(rows.codes_RK)
-    if form == "q8":
-        values = codes.float() - 128
-    else:
-        values = torch.tensor(FP4_VALUES if form == "mxfp4" else Q4_VALUES, dtype=torch.float32)[codes.int()]
     if form == "mxfp4":
-        return (_powers_of_two(rows.scales_Rb)[..., None] * values).flatten(1)
+        return (_powers_of_two(rows.scales_Rb)[..., None] * _floats(FP4_VALUES)[codes.int()]).flatten(1)
+    values = codes.float() - 128 if form == "q8" else _floats(Q4_VALUES)[codes.int()]
     scales_Rb = rows.row_scales_R[:, None] * _minifloats(rows.scales_Rb)
     return (scales_Rb[..., None] * values).flatten(1)
 
@@ -104,7 +103,10 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def _quantize_q8(weights_RK: Tensor) -> QuantizedRows:
-    """The scale is the largest |weight| of the block over 127, rounded up: no code is cut short."""
+    """The scale is the largest |weight| of the block over 127, rounded up: no code is cut short.
+
+    Values are x * (1 / scale), rounded.
+    """
     row_scales_R = _row_scales(weights_RK)
     x_RbC = _in_blocks(weights_RK / row_scales_R[:, None])
     scales_Rb = _scale_codes(x_RbC)
@@ -125,8 +127,8 @@ def _quantize_q4(weights_RK: Tensor, importance_K: Tensor | None) -> QuantizedRo
 def _quantize_mxfp4(weights_RK: Tensor, importance_K: Tensor | None) -> QuantizedRows:
     """The better of two exponents: OCP's (section 6.3), and the next, which does not cut 7 to 6.
 
-    Weights that came from MXFP4 keep their values: OCP's, tried first, makes no error on them. Works on
-    doubled weights and values, which are whole numbers.
+    Weights that came from MXFP4 keep their values: OCP's makes no error on them. Weights and values are
+    doubled, which makes values whole numbers.
     """
     x_RbC = _in_blocks(2 * weights_RK)
     exponents_Rb = (_in_blocks(weights_RK).abs().amax(dim=2).view(torch.int32) >> 23) - 2
@@ -156,7 +158,7 @@ def _best_scales(
     value_table = _floats(values)[code_table.int()]
     root_bC = None if importance_K is None else _in_blocks(importance_K[None]).sqrt()
     least = torch.full(x_RbC.shape[:2], torch.inf, dtype=torch.float64)
-    scales_Rb = torch.zeros(x_RbC.shape[:2], dtype=torch.uint8)
+    scales_Rb = candidates[0].to(torch.uint8)
     for candidate in candidates:
         scale = decode(candidate)[..., None]
         error = x_RbC - scale * _look_up(value_table, x_RbC, scale)

@@ -3,27 +3,16 @@
 import statistics
 import time
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tenfold.bench.settings import BenchSettings
+from tenfold.engine.runner import Runner
 from tenfold.kernels import compiled
 
 ROUNDS = 5
-
-
-class Runner(Protocol):
-    """A model with its caches."""
-
-    def forward(self, ids_BS: Tensor) -> object:
-        """Append the tokens; logits (B, V) after the last."""
-        ...
-
-    def reset(self) -> None:
-        """Forget every token."""
-        ...
 
 
 @dataclass(frozen=True)

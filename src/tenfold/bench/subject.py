@@ -8,14 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from tenfold.bench.settings import BenchSettings
-from tenfold.bench.speed import Runner
-from tenfold.bench.torch_runner import TorchRunner
-from tenfold.checkpoint import load_config, load_decoder_only, read_object
+from tenfold.checkpoint import load_config, load_decoder_only
 from tenfold.config import ModelConfig
-from tenfold.engine.packed import PackedRunner
+from tenfold.engine.loading import runs_packed
 from tenfold.engine.random_weights import random_packed, random_packed_bytes
+from tenfold.engine.runner import Runner, new_runner
 from tenfold.errors import TenfoldError
-from tenfold.formats import packing_of
 from tenfold.hub import resolve
 from tenfold.kernels import compiled
 from tenfold.memory import check_fits
@@ -43,7 +41,7 @@ def load(path_or_id: str, settings: BenchSettings) -> Subject:
     path = resolve(path_or_id)
     config = _checked(load_config(path), path_or_id, settings)
     start = time.perf_counter()
-    if compiled.available() and _is_packed(path):
+    if runs_packed(path):
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         _check_fits(size, config, path_or_id, settings, "close other programs")
         return _native_subject(load_packed(path), settings, start)
@@ -85,11 +83,6 @@ def cut(config: ModelConfig, layers: int | None) -> ModelConfig:
     return config.model_copy(update=kept)
 
 
-def _is_packed(path: Path) -> bool:
-    config_json = path / "config.json"
-    return config_json.is_file() and packing_of(read_object(config_json), str(config_json)) is not None
-
-
 def largest_file(model: str | None) -> Path | None:
     """Of a model on disk, the file that most of it is in."""
     if model is None:
@@ -100,12 +93,12 @@ def largest_file(model: str | None) -> Path | None:
 
 
 def _native_subject(model: PackedModel, settings: BenchSettings, start: float) -> Subject:
-    runner = PackedRunner(model, settings.batch, settings.prompt_tokens + settings.tokens)
+    runner = new_runner(model, settings.batch, settings.prompt_tokens + settings.tokens)
     return Subject(model.config, model.weights, runner, "native", time.perf_counter() - start)
 
 
 def _torch_subject(model: Transformer, settings: BenchSettings, start: float) -> Subject:
-    runner = TorchRunner(model, settings.batch, settings.prompt_tokens + settings.tokens)
+    runner = new_runner(model, settings.batch, settings.prompt_tokens + settings.tokens)
     weights = dict(model.named_parameters())
     return Subject(model.config, weights, runner, "torch", time.perf_counter() - start)
 

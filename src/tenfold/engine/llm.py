@@ -6,21 +6,22 @@ from typing import Any
 
 import torch
 
-from tenfold.checkpoint import load_model
-from tenfold.checkpoint.store import Model
 from tenfold.engine import encoder_decoder
-from tenfold.engine.kv_cache import new_kv_cache
+from tenfold.engine.loading import AnyModel, load_model_and_tokenizer
+from tenfold.engine.runner import new_runner
 from tenfold.engine.sampler import Sampler
 from tenfold.errors import TenfoldError
-from tenfold.hub import resolve
 from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
+from tenfold.packed import PackedModel
 from tenfold.sampling import SamplingParams
-from tenfold.tokenizer import TextStream, Tokenizer, load_tokenizer
+from tenfold.tokenizer import TextStream, Tokenizer
 
 
 @torch.inference_mode()
-def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+def generate_tokens(
+    model: Transformer | PackedModel, prompt_ids: Sequence[int], params: SamplingParams
+) -> Iterator[int]:
     """Tokens after the prompt, until the end-of-text token (not yielded) or `max_tokens`.
 
     Raises TenfoldError for an empty prompt, for one that leaves no room in the context, and for
@@ -36,22 +37,20 @@ def generate_tokens(model: Transformer, prompt_ids: Sequence[int], params: Sampl
             f" (max_position_embeddings) holds {config.max_position_embeddings}"
         )
     wanted = min(params.max_tokens, room)
-    weight = model.embed_tokens.weight
-    cache = new_kv_cache(config, 1, len(prompt_ids) + wanted, weight.dtype, weight.device)
+    runner = new_runner(model, 1, len(prompt_ids) + wanted)
     sampler = Sampler(params)
-    step = torch.tensor([list(prompt_ids)], device=weight.device)
-    position = 0
+    step = torch.tensor([list(prompt_ids)])
     for _ in range(wanted):
-        hidden_BSD, _ = model.hidden_states(step, cache, position)
-        token = sampler(model.logits(hidden_BSD[0, -1]))
+        token = sampler(runner.forward(step)[0])
         if token in config.eos_token_ids:
             return
         yield token
-        position += step.shape[1]
-        step = torch.tensor([[token]], device=weight.device)
+        step = torch.tensor([[token]])
 
 
-def new_tokens(model: Model, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[Iterator[int], int]:
+def new_tokens(
+    model: AnyModel, prompt_ids: Sequence[int], params: SamplingParams
+) -> tuple[Iterator[int], int]:
     """The tokens to come, whichever kind of model it is, and how many there can be."""
     if isinstance(model, SwitchTransformer):
         return encoder_decoder.generate_tokens(model, prompt_ids, params), params.max_tokens
@@ -67,7 +66,7 @@ class Generation:
     """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, prompt: str | Sequence[int], params: SamplingParams
+        self, model: AnyModel, tokenizer: Tokenizer, prompt: str | Sequence[int], params: SamplingParams
     ):
         """`prompt` is text, or token ids that are taken as they are."""
         self.model, self.tokenizer, self.params = model, tokenizer, params
@@ -132,18 +131,6 @@ class Generation:
             "prompt_tokens": len(self.prompt_ids),
             "finish_reason": self.finish_reason,
         }
-
-
-def load_model_and_tokenizer(path_or_id: str | Path) -> tuple[Model, Tokenizer]:
-    """The model and the tokenizer of a directory, a .gguf file or a hub id."""
-    path = resolve(path_or_id)
-    model, tokenizer = load_model(path), load_tokenizer(path)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise TenfoldError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's"
-            f" vocab_size {model.config.vocab_size}"
-        )
-    return model, tokenizer
 
 
 def load_generation(path_or_id: str | Path, prompt: str, params: SamplingParams) -> Generation:

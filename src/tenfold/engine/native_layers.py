@@ -14,8 +14,8 @@ from tenfold.kernels import compiled, native
 from tenfold.model.rope import rope_tables, score_scale
 from tenfold.packed import PackedExperts, PackedMatrix
 
-CHOICES = ("softmax", "topk_softmax", "sigmoid", "switch")
-"""Routers that work while generating, in csrc/router.hpp's order."""
+CHOICES = ("softmax", "topk_softmax", "sigmoid")
+"""In csrc/router.hpp's order."""
 
 
 class NativeLayers:
@@ -77,18 +77,19 @@ class NativeLayers:
 
     def _router(self, prefix: str) -> Any:
         config = self._config
+        as_switch = config.router == "switch"  # top-1 of a softmax, by its own probability
         return compiled.module().Router(
             weight=self.address(prefix + "weight"),
             experts=config.num_experts,
             hidden=config.hidden_size,
             top_k=config.num_experts_per_tok,
-            choice=CHOICES.index(config.router),
+            choice=CHOICES.index("softmax" if as_switch else config.router),
             logit_bias=self.address(prefix + "logit_bias"),
             selection_bias=self.address(prefix + "bias"),
-            renormalise=config.router == "topk_softmax" or config.norm_topk_prob and config.router != "switch",
+            renormalise=config.router == "topk_softmax" or (config.norm_topk_prob and not as_switch),
             groups=config.n_group if config.router in ("softmax", "sigmoid") else 1,
             top_groups=config.topk_group,
-            scale=1.0 if config.router == "switch" else config.routed_scaling_factor,
+            scale=1.0 if as_switch else config.routed_scaling_factor,
         )
 
     def _experts(self, name: str) -> Any:
@@ -108,12 +109,12 @@ class NativeLayers:
         return native.address(self._floats(name))
 
     def _floats(self, name: str) -> Tensor | None:
-        tensor = self._weights.get(name)
-        if tensor is None:
+        weight = self._weights.get(name)
+        if weight is None:
             return None
-        tensor = tensor.float().contiguous()
-        self._keep(tensor)
-        return tensor
+        assert isinstance(weight, Tensor)
+        self._keep(floats := weight.float().contiguous())
+        return floats
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)

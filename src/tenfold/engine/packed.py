@@ -1,7 +1,5 @@
 """Running a packed model: the prompt in pieces, then token by token, through the compiled kernels."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -50,8 +48,8 @@ class PackedRunner:
     @torch.inference_mode()
     def forward(self, ids_BS: Tensor) -> Tensor:
         """Logits (B, V) after the last of the new tokens, which the caches then hold."""
-        if self.length + ids_BS.shape[1] > self.capacity:
-            raise TenfoldError(f"{self.length + ids_BS.shape[1]} positions are more than the {self.capacity} there is room for")
+        if (length := self.length + ids_BS.shape[1]) > self.capacity:
+            raise TenfoldError(f"{length} positions are more than the {self.capacity} there is room for")
         x_BSD = torch.empty(0)
         for piece_BS in ids_BS.split(max(1, PIECE // self.batch), dim=1):
             x_BSD = self._hidden_states(piece_BS)

@@ -7,10 +7,11 @@ import torch
 
 from tenfold.errors import TenfoldError
 
+_native: ModuleType | None
 try:
     from tenfold import _native
 except ImportError:
-    _native = None  # type: ignore[assignment]
+    _native = None
 
 WHY_NOT = (
     "this installation has no native kernels (they need a C++20 compiler when tenfold is installed);"
@@ -24,8 +25,9 @@ def available() -> bool:
 
 def module() -> ModuleType:
     """The compiled module. Raises TenfoldError where there is none, or TENFOLD_ISA asks for too much."""
-    if isa() is None:
+    if _native is None:
         raise TenfoldError(WHY_NOT)
+    isa()
     return _native
 
 
@@ -38,7 +40,7 @@ def isa() -> str | None:
     if _native is None:
         return None
     try:
-        return _native.isa()
+        return str(_native.isa())
     except ValueError as error:
         raise TenfoldError(str(error)) from None
 

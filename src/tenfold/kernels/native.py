@@ -36,8 +36,9 @@ def experts(
     E, D, F = len(packed.records), packed.hidden_size, packed.width
     x_TD = _floats(x_TD, (-1, D))
     ids, weights = expert_ids_TK.int().contiguous(), _floats(expert_weights_TK, expert_ids_TK.shape)
-    if ids.numel() and (ids.max() >= E or ids.min() < -1) or len(ids) != len(x_TD):
-        raise TenfoldError(f"expert_ids_TK of shape {tuple(ids.shape)}: one row a token, ids from -1 to {E - 1}")
+    if (ids.numel() and (ids.max() >= E or ids.min() < -1)) or len(ids) != len(x_TD):
+        wanted = f"({len(x_TD)}, top-k), with ids from -1 to {E - 1}"
+        raise TenfoldError(f"expert_ids_TK of shape {tuple(ids.shape)} must be {wanted}")
     biases = [
         None if bias is None else _floats(bias, (E, width))
         for bias, width in ((gate_up_bias, 2 * F), (down_bias, D))

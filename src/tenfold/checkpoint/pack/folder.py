@@ -36,8 +36,8 @@ def growing_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
 
 def _begin(folder: Path, identity: dict[str, Any]) -> None:
     state = folder / STATE
-    if not state.is_file():
-        for stray in whole_files(folder):
+    if not state.is_file() or not whole_files(folder):
+        for stray in folder.glob("model-*"):
             stray.unlink()
         write_json(state, identity)
         return
@@ -49,8 +49,6 @@ def _begin(folder: Path, identity: dict[str, Any]) -> None:
             raise TenfoldError(
                 f"{folder} holds an unfinished pack {what}: finish it with the same settings, or delete it"
             )
-    for half in folder.glob("*.part"):
-        half.unlink()
 
 
 def whole_files(folder: Path) -> list[Path]:

@@ -27,22 +27,22 @@ class Found(NamedTuple):
 def packed_config(config_json: Path) -> tuple[ModelConfig, list[Part]]:
     """A packed model's config, and the parts that it calls for. TenfoldError if it is not packed."""
     source = str(config_json)
-    packing = packing_of(read_object(config_json), source)
+    packing = packing_of(read_object(config_json), source) if config_json.is_file() else None
     if packing is None:
         raise TenfoldError(f"{config_json.parent} is no packed model; `tenfold pack` makes one")
     config = decoder_only(read_config(config_json)[1], source)
     return config, [part for file in parts_by_file(config, packing) for part in file]
 
 
-def find_parts(raws: dict[str, RawTensor], config_json: Path) -> list[Found]:
-    """Every part of a packed model among the tensors of its files.
+def find_parts(raws: dict[str, RawTensor], parts: list[Part], config_json: Path) -> list[Found]:
+    """The parts that `packed_config` calls for, among the tensors of a packed model's files.
 
     Raises TenfoldError naming the tensor that is missing, left over, misplaced, or packed for another
     config than `config_json`.
     """
     left = dict(raws)
     found = []
-    for part in packed_config(config_json)[1]:
+    for part in parts:
         for name in part.stored:
             if name not in left:
                 raise TenfoldError(f"tensor {name} is missing, which {config_json} calls for")

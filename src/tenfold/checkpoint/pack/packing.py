@@ -1,8 +1,7 @@
 """`tenfold pack`: any decoder-only checkpoint made a packed one, a piece of a matrix at a time."""
 
+import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -20,6 +18,7 @@ from rich.progress import (
 from tenfold.checkpoint import safetensors
 from tenfold.checkpoint.families import family_for
 from tenfold.checkpoint.opening import Checkpoint, open_checkpoint
+from tenfold.checkpoint.pack.calibrate import calibrate, read_text
 from tenfold.checkpoint.pack.encode import entries
 from tenfold.checkpoint.pack.folder import growing_folder
 from tenfold.checkpoint.pack.layout import parts_by_file, without_predictor
@@ -33,13 +32,16 @@ from tenfold.hub import resolve
 from tenfold.switch_config import decoder_only
 
 
-def pack(path_or_id: str | Path, out: Path, packing: Packing) -> dict[str, Any]:
+def pack(
+    path_or_id: str | Path, out: Path, packing: Packing, calibration: Path | None = None
+) -> dict[str, Any]:
     """Write the model of a directory, GGUF file or hub id to `out`, packed, and return a summary of it.
 
     Memory is bounded by the largest expert or 32 MiB of a matrix, whatever the model's size; a matrix
     that a GGUF file holds in another order of rows is read whole. Files are finished one at a time,
     and after an interruption the same call goes on after the last whole one. A multi-token-prediction
-    module is left out.
+    module is left out. With `calibration`, a text file, the whole model reads it first, and columns with
+    larger inputs are rounded with more care.
 
     Raises TenfoldError for weights that are not finite, naming the tensor, for an encoder-decoder, and
     where `out` is there or cannot be written.
@@ -49,11 +51,13 @@ def pack(path_or_id: str | Path, out: Path, packing: Packing) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
     config = without_predictor(decoder_only(checkpoint.config, str(path)))
     tensors = read_as_ours(checkpoint)
-    shards = [
-        in_order(entry for part in parts for entry in entries(part, tensors, {}))
-        for parts in parts_by_file(config, packing)
-    ]
-    with growing_folder(out, _identity(path, checkpoint, packing)) as folder:
+    text = read_text(calibration) if calibration else ""
+    with growing_folder(out, _identity(path, checkpoint, packing, text)) as folder:
+        importance = calibrate(path, text) if text else {}
+        shards = [
+            in_order(entry for part in parts for entry in entries(part, tensors, importance))
+            for parts in parts_by_file(config, packing)
+        ]
         resumed = _write_shards(folder, shards)
         write_json(folder / "config.json", _config_json(config, packing))
         write_json(folder / safetensors.INDEX, _index(shards))
@@ -72,13 +76,14 @@ def pack(path_or_id: str | Path, out: Path, packing: Packing) -> dict[str, Any]:
     }
 
 
-def _identity(path: Path, checkpoint: Checkpoint, packing: Packing) -> dict[str, Any]:
+def _identity(path: Path, checkpoint: Checkpoint, packing: Packing, text: str) -> dict[str, Any]:
     """What two runs must share for one to go on with the other's files."""
     sources = sorted({stored.file for stored in checkpoint.tensors.values()})
     stats = {file.name: file.stat() for file in sources}
     return {
         "source": str(path.resolve()),
         **packing.to_hf(),
+        "calibration text": hashlib.sha256(text.encode()).hexdigest() if text else "none",
         "source_files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
     }
 
@@ -88,22 +93,25 @@ def _write_shards(folder: Path, shards: list[list[Entry]]) -> int:
     sizes = [sum(entry.num_bytes for entry in shard) for shard in shards]
     paths = [folder / name for name in _names(shards)]
     done = [path.is_file() for path in paths]
-    with _progress(sum(sizes), sum(size for size, there in zip(sizes, done, strict=True) if there)) as (
-        bar,
-        task,
-    ):
+    done_bytes = sum(size for size, there in zip(sizes, done, strict=True) if there)
+    with _progress() as bar:
+        task = bar.add_task("packing", total=sum(sizes), completed=done_bytes)
         for path, shard, there in zip(paths, shards, done, strict=True):
             if not there:
                 write_shard(path, shard, lambda size: bar.advance(task, size))
     return sum(done)
 
 
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[tuple[Progress, TaskID]]:
+def _progress() -> Progress:
     """A bar on stderr, with rate and time left."""
-    columns = (TextColumn("packing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        yield bar, bar.add_task("", total=total, completed=done)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
 
 def _names(shards: list[list[Entry]]) -> list[str]:

@@ -4,7 +4,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], None]
             file.write(_header(entries, checksums))
             for number, entry in enumerate(entries):
                 for chunk in _padded(entry):
-                    _write(file, chunk)
+                    file.write(chunk)
                     checksums[number] = zlib.crc32(chunk, checksums[number])
                     advance(len(chunk))
             file.seek(0)
@@ -56,10 +56,6 @@ def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], None]
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _write(file: BinaryIO, chunk: memoryview) -> None:
-    file.write(chunk)
 
 
 def _padded(entry: Entry) -> Iterator[memoryview]:

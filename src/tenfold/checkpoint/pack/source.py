@@ -37,7 +37,7 @@ class _Filling:
     def row_by_row(self) -> bool:
         """Whether each row of the file is one row of ours, or a part of one."""
         in_row = self.view.storage_offset() % self.row + _extent(self.view[0])
-        return self.slot.merged != 0 and self.view.stride(0) == self.row and in_row <= self.row
+        return self.view.stride(0) == self.row and in_row <= self.row
 
     @property
     def first(self) -> int:

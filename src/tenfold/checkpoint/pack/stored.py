@@ -19,7 +19,7 @@ def packed_tensors(raws: dict[str, RawTensor], config_json: Path) -> dict[str, S
 
     Raises TenfoldError as `find_parts` does.
     """
-    found = find_parts(raws, config_json)
+    found = find_parts(raws, packed_config(config_json)[1], config_json)
     return {stored.name: stored for there in found for stored in _stored(*there)}
 
 

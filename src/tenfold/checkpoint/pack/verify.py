@@ -6,19 +6,23 @@ from pathlib import Path
 import torch
 
 from tenfold.checkpoint.pack.layout import Experts
-from tenfold.checkpoint.pack.opened import Found, find_parts
+from tenfold.checkpoint.pack.opened import Found, find_parts, packed_config
 from tenfold.checkpoint.raw import RawTensor
 from tenfold.checkpoint.stored import CHUNK_BYTES
 from tenfold.checkpoint.weights import list_raw
 from tenfold.errors import TenfoldError
+from tenfold.hub import resolve
 
 
-def verify(directory: Path) -> dict[str, int]:
+def verify(path_or_id: str | Path) -> dict[str, int]:
     """Read everything, and count the tensors and bytes whose checksum is right.
 
     Raises TenfoldError naming the file, the layer and the expert (or the tensor) of the first that is not.
     """
-    found = find_parts(list_raw(directory), directory / "config.json")
+    directory = resolve(path_or_id)
+    config_json = directory / "config.json"
+    _, parts = packed_config(config_json)
+    found = find_parts(list_raw(directory), parts, config_json)
     for there in found:
         _verify(there)
     raws = [raw for there in found for raw in there.raws]
