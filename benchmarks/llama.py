@@ -5,6 +5,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import torch
 from torch import Tensor
 
 MICRO_BATCH = 512
@@ -41,7 +42,7 @@ class LlamaRunner:
         self.tokens = llama_cpp.llama_batch_init(batch * capacity, 0, 1)
         self.position = 0
 
-    def forward(self, ids_BS: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def forward(self, ids_BS: Tensor) -> Tensor:
         """Append the tokens; logits (B, V) after the last."""
         sequences, new = ids_BS.shape
         batch = self.tokens
@@ -58,7 +59,7 @@ class LlamaRunner:
         self.position += new
         last = range(new - 1, sequences * new, new)
         rows = [llama_cpp.llama_get_logits_ith(self.context, index) for index in last]
-        return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows])
+        return torch.from_numpy(np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows]))
 
     def reset(self) -> None:
         """Forget every token."""

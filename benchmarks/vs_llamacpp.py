@@ -23,13 +23,14 @@ from llama import LlamaRunner
 from olmoe_gguf import write_olmoe
 from perplexity import perplexity_rows
 
-from tenfold.bench.speed import Runner, one_round, random_ids
+from tenfold.bench.speed import one_round, random_ids
 from tenfold.bench.subject import cut
 from tenfold.bench.threads import use_threads
 from tenfold.checkpoint.families import family_for
 from tenfold.config import ModelConfig
 from tenfold.engine.packed import PackedRunner
 from tenfold.engine.random_weights import random_packed, random_packed_bytes
+from tenfold.engine.runner import Runner
 from tenfold.formats import Packing
 from tenfold.memory import available_bytes
 from tenfold.presets import load_preset
