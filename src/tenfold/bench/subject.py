@@ -45,7 +45,13 @@ def load(path_or_id: str, settings: BenchSettings) -> Subject:
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         _check_fits(size, config, path_or_id, settings, "close other programs")
         return _native_subject(load_packed(path), settings, start)
-    _check_fits(4 * config.num_params(), config, f"{path_or_id} in float32", settings, "pack it, or take a smaller one")
+    _check_fits(
+        4 * config.num_params(),
+        config,
+        f"{path_or_id} in float32",
+        settings,
+        "pack it, or take a smaller one",
+    )
     return _torch_subject(load_decoder_only(path), settings, start)
 
 
