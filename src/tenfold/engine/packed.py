@@ -52,10 +52,13 @@ class PackedRunner:
             raise TenfoldError(f"{length} positions are more than the {self.capacity} there is room for")
         x_BSD = torch.empty(0)
         for piece_BS in ids_BS.split(max(1, PIECE // self.batch), dim=1):
-            x_BSD = self._hidden_states(piece_BS)
-        return self._logits(x_BSD[:, -1].contiguous())
+            x_BSD = self._attended(piece_BS)
+        x_BD = x_BSD[:, -1].contiguous()
+        self._native.layers[-1].feed_forward(x_BD.data_ptr(), self.batch)
+        return self._logits(x_BD)
 
-    def _hidden_states(self, ids_BS: Tensor) -> Tensor:
+    def _attended(self, ids_BS: Tensor) -> Tensor:
+        """All layers but for the last one's feed-forward, which only tokens that predict need."""
         new, tokens = ids_BS.shape[1], ids_BS.numel()
         ids = ids_BS.int().contiguous()
         x_BSD = torch.empty(*ids.shape, self.config.hidden_size)
@@ -71,7 +74,8 @@ class PackedRunner:
             else:
                 keys, values = self._caches[n]
                 layer.attention(*where, keys.data_ptr(), values.data_ptr(), self.capacity)
-            layer.feed_forward(x_BSD.data_ptr(), tokens)
+            if layer is not self._native.layers[-1]:
+                layer.feed_forward(x_BSD.data_ptr(), tokens)
         self.length += new
         return x_BSD
 
