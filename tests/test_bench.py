@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import run
 
+from tenfold import compiled
 from tenfold.bench.model import prefill_ops
 from tenfold.bench.reading import Reading, expected_experts
 from tenfold.bench.settings import BenchSettings
@@ -20,7 +21,6 @@ from tenfold.engine.random_weights import RandomRows, random_packed, random_pack
 from tenfold.engine.runner import TorchRunner
 from tenfold.errors import TenfoldError
 from tenfold.formats import Packing
-from tenfold.kernels import compiled
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedExperts, PackedMatrix
 from tenfold.panels import matrix_bytes, pack_matrix, panel_bytes, unpack_matrix

@@ -30,7 +30,7 @@ STABLE = {
     "active_fraction", "embedding_params", "lm_head_params", "attention_params", "norm_params",
     "dense_mlp_params", "shared_expert_params", "router_params", "expert_params", "bias_params", "mtp_params",
     "experts", "experts_per_token", "context", "flops_per_token", "weights_per_token",
-    "weights_per_token_fraction", "weight_bytes", "weight_bytes_per_token", "kv_bytes_per_token",
+    "weights_per_token_fraction", "weight_bytes", "weight_bytes_per_token", "kv_bytes_per_token", "kernels",
 }  # fmt: skip
 PARTS = [
     "embedding",

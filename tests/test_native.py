@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tenfold import panels
+from tenfold import compiled, panels
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
-from tenfold.kernels import ACTIVATIONS, compiled, native
+from tenfold.kernels import ACTIVATIONS, native
 from tenfold.model.router import Router
 from tenfold.packed import PackedExperts, PackedMatrix, packed_experts, packed_matrix
 from tenfold.panels import FORMATS, matrix_bytes, pack_matrix, panel_bytes, unpack_matrix

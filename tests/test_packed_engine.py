@@ -12,6 +12,7 @@ from test_cli import run
 from texts import TEXTS
 from torch import Tensor
 
+from tenfold import compiled
 from tenfold.checkpoint import load_model, save_model
 from tenfold.checkpoint.pack.packing import pack
 from tenfold.config import ModelConfig
@@ -20,7 +21,6 @@ from tenfold.engine.loading import load_model_and_tokenizer
 from tenfold.engine.packed import PIECE, PackedRunner
 from tenfold.errors import TenfoldError
 from tenfold.formats import Packing
-from tenfold.kernels import compiled
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel, packed_of
 from tenfold.sampling import SamplingParams

@@ -8,6 +8,7 @@ from tenfold.checkpoint import load_config
 from tenfold.checkpoint.families import family_for
 from tenfold.checkpoint.gguf.reader import open_gguf
 from tenfold.checkpoint.stored import Stored
+from tenfold.compiled import isa
 from tenfold.counting import BITS_PER_WEIGHT, BYTES_PER_WEIGHT
 from tenfold.hub import resolve
 from tenfold.presets import load_preset
@@ -26,9 +27,9 @@ def inspect(model: str, context: int, verify: bool = False) -> dict[str, Any]:
     if verify:
         return inspect(model, context) | {"verified": _verified(model)}
     if "/" not in model and not model.endswith(".gguf") and not Path(model).exists():
-        return describe(load_preset(model), context)
+        return describe(load_preset(model), context) | {"kernels": isa()}
     path = resolve(model, "config")
-    found = describe(load_config(path), context)
+    found = describe(load_config(path), context) | {"kernels": isa()}
     if path.is_file() or (path == Path(model) and _has_weights(path)):
         found["stored"] = _stored(path)
     return found
@@ -138,7 +139,10 @@ def _one_token(found: dict[str, Any]) -> "Table":
 
 def _memory(found: dict[str, Any]) -> "Table":
     table = _table("", "memory", "all weights", "exact bytes", "a token reads", "KV a token")
-    table.caption = "if every weight were in it; files keep norms and routers wider"
+    kernels = f"{found['kernels']} kernels" if found["kernels"] else "torch, without native kernels"
+    table.caption = (
+        f"if every weight were in it; files keep norms and routers wider\npacked models run here on {kernels}"
+    )
     for form, size in found["weight_bytes"].items():
         read, kv = found["weight_bytes_per_token"][form], found["kv_bytes_per_token"].get(form)
         table.add_row(form, _bytes(size), f"{size:,}", _bytes(read), "" if kv is None else _bytes(kv))

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tenfold import compiled
 from tenfold.errors import TenfoldError
-from tenfold.kernels import compiled
 from tenfold.quantization import BLOCK, QUANTIZED, QuantizedRows, dequantize, quantize
 
 PANEL_ROWS = 16

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold import compiled
 from tenfold.files import writing
-from tenfold.kernels import compiled
 from tenfold.memory import available_bytes
 
 READ_BYTES = 1 << 30

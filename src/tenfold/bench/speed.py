@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tenfold import compiled
 from tenfold.bench.settings import BenchSettings
 from tenfold.engine.runner import Runner
-from tenfold.kernels import compiled
 
 ROUNDS = 5
 

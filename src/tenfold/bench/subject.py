@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tenfold import compiled
 from tenfold.bench.settings import BenchSettings
 from tenfold.checkpoint import load_config, load_decoder_only
 from tenfold.config import ModelConfig
@@ -15,7 +16,6 @@ from tenfold.engine.random_weights import random_packed, random_packed_bytes
 from tenfold.engine.runner import Runner, new_runner
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve
-from tenfold.kernels import compiled
 from tenfold.memory import check_fits
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel, Weight, load_packed

@@ -2,7 +2,7 @@
 
 import torch
 
-from tenfold.kernels import compiled
+from tenfold import compiled
 
 
 def use_threads(count: int | None) -> int:

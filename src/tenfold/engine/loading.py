@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from tenfold import compiled
 from tenfold.checkpoint import load_model, read_object
 from tenfold.checkpoint.store import Model
 from tenfold.errors import TenfoldError
 from tenfold.formats import packing_of
 from tenfold.hub import resolve
-from tenfold.kernels import compiled
 from tenfold.packed import PackedModel, load_packed
 from tenfold.tokenizer import Tokenizer, load_tokenizer
 

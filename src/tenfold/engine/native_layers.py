@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold import compiled
 from tenfold.config import ModelConfig
-from tenfold.kernels import compiled, native
+from tenfold.kernels import native
 from tenfold.model.rope import rope_tables, score_scale
 from tenfold.packed import PackedExperts, PackedMatrix
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from tenfold import compiled
 from tenfold.engine.latent import PackedLatentAttention
 from tenfold.engine.native_layers import NativeLayers
 from tenfold.errors import TenfoldError
-from tenfold.kernels import compiled
 from tenfold.packed import PackedModel
 
 PIECE = 1024

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.compiled import module
 from tenfold.errors import TenfoldError
-from tenfold.kernels.compiled import module
 from tenfold.packed import PackedExperts, PackedMatrix
 from tenfold.panels import FORMATS
 

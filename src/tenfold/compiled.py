@@ -1,9 +1,7 @@
-"""The compiled module (csrc/), where this installation has it, and the instruction set it uses."""
+"""The compiled module (csrc/), where this installation has it, and its instruction set. No torch here."""
 
 import os
 from types import ModuleType
-
-import torch
 
 from tenfold.errors import TenfoldError
 
@@ -46,9 +44,10 @@ def isa() -> str | None:
 
 
 def default_threads() -> int:
-    """One a core this process may use, but no more than torch would take."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, torch.get_num_threads()))
+    """One a core that this process may use, or as many as OMP_NUM_THREADS says, as in torch."""
+    if (wanted := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if _native is not None:
