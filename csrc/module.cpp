@@ -118,13 +118,14 @@ NB_MODULE(_native, m) {
         });
 
     nb::class_<Router>(m, "Router")
-        .def(nb::new_([](Address weight, int experts, int hidden, int top_k, int choice, Address logit_bias,
+        .def(nb::new_([](Address weight, bool in_bf16, int experts, int hidden, int top_k, int choice, Address logit_bias,
                          Address selection_bias, bool renormalise, int groups, int top_groups, float scale) {
-                 return Router{at<const float>(weight), at<const float>(logit_bias), at<const float>(selection_bias),
+                 return Router{at<const float>(in_bf16 ? 0 : weight), at<const uint16_t>(in_bf16 ? weight : 0),
+                               at<const float>(logit_bias), at<const float>(selection_bias),
                                experts, hidden, top_k, static_cast<Choice>(choice), renormalise, groups, top_groups,
                                scale};
              }),
-             "weight"_a, "experts"_a, "hidden"_a, "top_k"_a, "choice"_a, "logit_bias"_a, "selection_bias"_a,
+             "weight"_a, "in_bf16"_a, "experts"_a, "hidden"_a, "top_k"_a, "choice"_a, "logit_bias"_a, "selection_bias"_a,
              "renormalise"_a, "groups"_a, "top_groups"_a, "scale"_a)
         .def("__call__", [](const Router& self, Address x, int tokens, Address ids, Address weights) {
             work([&](Pool& pool, const Kernels& set) {

@@ -34,6 +34,7 @@ class Router:
     def __init__(
         self,
         weight: int,
+        in_bf16: bool,
         experts: int,
         hidden: int,
         top_k: int,
