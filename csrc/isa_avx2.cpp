@@ -49,7 +49,7 @@ inline __m256 block_scales(const uint8_t* bytes) {
 }
 
 template <Format F>
-void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     const __m256i table = F == Format::q8 ? _mm256_setzero_si256() : signed_codebook<F>();
     const __m256i ones = _mm256_set1_epi16(1);
     const uint8_t* scales = panel + blocks * code_bytes(F);
@@ -58,6 +58,7 @@ void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
         __m256 sum[MAX_TOKENS];
         for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
         for (int b = 0; b < blocks; b++) {
+            if (half == 0) ahead.fetch(b);
             __m256i codes[8], sizes[8];
             unpack<F>(panel + b * code_bytes(F), half, table, codes);
             for (int g = 0; g < 8; g++) sizes[g] = _mm256_abs_epi8(codes[g]);
@@ -82,13 +83,14 @@ void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
     }
 }
 
-void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     const int T = tile.tokens;
     for (int half = 0; half < 2; half++) {
         __m256 sum[MAX_TOKENS];
         for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
         for (int b = 0; b < blocks; b++) {
+            if (half == 0) ahead.fetch(b);
             const uint8_t* block = panel + b * code_bytes(Format::bf16) + half * 32;
             const int32_t* x = reinterpret_cast<const int32_t*>(tile.bf16 + static_cast<size_t>(b) * T * BLOCK);
             for (int pair = 0; pair < BLOCK / 2; pair++) {

@@ -8,10 +8,11 @@ namespace tenfold {
 namespace {
 
 template <Format F>
-void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     const uint8_t* scales = panel + blocks * code_bytes(F);
     std::fill_n(out, tile.tokens * ROWS, 0.0f);
     for (int b = 0; b < blocks; b++) {
+        ahead.fetch(b);
         for (int row = 0; row < ROWS; row++) {
             int values[BLOCK];
             for (int k = 0; k < BLOCK; k++) values[k] = code_value(F, panel + b * code_bytes(F), row, k);
@@ -32,7 +33,7 @@ void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
     }
 }
 
-void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, const Ahead&, float* out) {
     const uint16_t* weights = reinterpret_cast<const uint16_t*>(panel);
     for (int t = 0; t < tile.tokens; t++) {
         for (int row = 0; row < ROWS; row++) {
