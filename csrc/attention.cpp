@@ -9,11 +9,11 @@
 namespace tenfold {
 
 void Cache::write(int sequence, int head, int position, const float* key, const float* value, int head_dim) const {
-    uint16_t* k = keys_of(sequence, head) + static_cast<size_t>(position / ROWS) * ROWS * width + position % ROWS * 2;
-    for (int d = 0; d < head_dim; d++) k[(d / 2) * ROWS * 2 + d % 2] = to_bf16(key[d]);
-    uint16_t* v = values_of(sequence, head) + static_cast<size_t>(position / 2) * ROWS * 2 + position % 2;
+    uint16_t* k = keys_of(sequence, head) + static_cast<size_t>(position / ROWS) * ROWS * width;
+    for (int d = 0; d < head_dim; d++) k[bf16_place(position % ROWS, d)] = to_bf16(key[d]);
+    uint16_t* v = values_of(sequence, head);
     for (int d = 0; d < head_dim; d++)
-        v[static_cast<size_t>(d / ROWS) * ROWS * capacity + d % ROWS * 2] = to_bf16(value[d]);
+        v[static_cast<size_t>(d / ROWS) * ROWS * capacity + bf16_place(d % ROWS, position)] = to_bf16(value[d]);
 }
 
 namespace {

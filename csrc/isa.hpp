@@ -25,7 +25,8 @@ struct Kernels {
     const char* name;
     // out (tokens, 16): one panel of `blocks` blocks times a tile.
     Dot dot[FORMATS];
-    // One block of 32 floats to codes; returns the scale, and -128 times the sum of the codes.
+    // One block of 32 floats to codes; returns the scale, and -128 times the sum of the codes. Where one of
+    // them is infinite or NaN, the scale is NaN.
     float (*round_block)(const float* values, int8_t* codes, int32_t* correction);
     // `count` floats to bf16.
     void (*round_bf16)(const float* values, int count, uint16_t* out);

@@ -109,9 +109,9 @@ void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& a
 }
 
 float round_block(const float* values, int8_t* codes, int32_t* correction) {
-    float largest = 0;
-    for (int k = 0; k < BLOCK; k++) largest = std::max(largest, std::fabs(values[k]));
-    const __m256 inverse = _mm256_set1_ps(largest > 1e-30f ? 127 / largest : 0);
+    const float largest = largest_of_block(values);
+    if (!std::isfinite(largest)) return no_numbers(codes, correction);
+    const __m256 inverse = _mm256_set1_ps(inverse_of(largest));
     __m256i whole[4];
     for (int i = 0; i < 4; i++)
         whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i * 8), inverse));
@@ -126,17 +126,13 @@ float round_block(const float* values, int8_t* codes, int32_t* correction) {
     return largest / 127;
 }
 
-void round_bf16(const float* values, int count, uint16_t* out) {
-    for (int i = 0; i < count; i++) out[i] = to_bf16(values[i]);
-}
-
 }  // namespace
 
 extern const Kernels avx2_kernels = {
     "avx2",
     {dot_bf16, dot<Format::q8>, dot<Format::q4>, dot<Format::mxfp4>},
     round_block,
-    round_bf16,
+    each_to_bf16,
     rms_norm,
     product,
     product_bf16,

@@ -127,9 +127,10 @@ void dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead,
 }
 
 float round_block(const float* values, int8_t* codes, int32_t* correction) {
+    const float largest = largest_of_block(values);
+    if (!std::isfinite(largest)) return no_numbers(codes, correction);
     const __m512 low = _mm512_loadu_ps(values), high = _mm512_loadu_ps(values + 16);
-    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-    const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 127 / largest : 0);
+    const __m512 inverse = _mm512_set1_ps(inverse_of(largest));
     const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
     const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtsepi32_epi8(first));
@@ -143,7 +144,7 @@ void round_bf16(const float* values, int count, uint16_t* out) {
     for (; i + 16 <= count; i += 16)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
                             (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values + i)));
-    for (; i < count; i++) out[i] = to_bf16(values[i]);
+    each_to_bf16(values + i, count - i, out + i);
 }
 
 }  // namespace

@@ -87,7 +87,7 @@ void Matrix::row(int index, float* out) const {
     const int row = index % ROWS, blocks = blocks_of(columns);
     if (format == Format::bf16) {
         const uint16_t* halves = reinterpret_cast<const uint16_t*>(panel);
-        for (int k = 0; k < columns; k++) out[k] = bf16_to_float(halves[(k / 2) * ROWS * 2 + row * 2 + k % 2]);
+        for (int k = 0; k < columns; k++) out[k] = bf16_to_float(halves[bf16_place(row, k)]);
         return;
     }
     const uint8_t* scales = panel + blocks * code_bytes(format);
