@@ -42,7 +42,7 @@ from tenfold.switch_config import decoder_only
 SHORT, LONG = 16, 512
 """Tokens of the prompt before decoding, and of the one whose prefill is measured."""
 DECODED = 64
-TWINS_SHARE = 0.6
+TWINS_SHARE = 0.85
 """Of the free memory, which a sparse model and its dense twin may take together."""
 Row = dict[str, Any]
 Kind = Literal["prefill", "decode"]

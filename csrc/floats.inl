@@ -43,6 +43,13 @@ float product(const float* a, const float* b, int count) {
     return sum;
 }
 
+float product_bf16(const uint16_t* a, const float* b, int count) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; i++) sum += std::bit_cast<float>(uint32_t{a[i]} << 16) * b[i];
+    return sum;
+}
+
 void add_scaled(const float* x, float factor, int count, float* y) {
 #pragma omp simd
     for (int i = 0; i < count; i++) y[i] += factor * x[i];

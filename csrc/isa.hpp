@@ -19,6 +19,7 @@ struct Kernels {
     // y = x * weight / rms(x)
     void (*rms_norm)(const float* x, const float* weight, int count, float eps, float* y);
     float (*product)(const float* a, const float* b, int count);
+    float (*product_bf16)(const uint16_t* a, const float* b, int count);
     // y += factor * x
     void (*add_scaled)(const float* x, float factor, int count, float* y);
     // out = silu(gate) * up, or gpt-oss's clamped form of it

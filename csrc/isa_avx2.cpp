@@ -137,6 +137,7 @@ extern const Kernels avx2_kernels = {
     round_bf16,
     rms_norm,
     product,
+    product_bf16,
     add_scaled,
     swiglu,
     exponentials,

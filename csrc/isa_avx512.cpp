@@ -164,6 +164,7 @@ extern const Kernels avx512_kernels = {
     round_bf16,
     rms_norm,
     product,
+    product_bf16,
     add_scaled,
     swiglu,
     exponentials,

@@ -75,6 +75,7 @@ extern const Kernels portable_kernels = {
     round_bf16,
     rms_norm,
     product,
+    product_bf16,
     add_scaled,
     swiglu,
     exponentials,

@@ -26,15 +26,11 @@ void turn(float* head, int rotary_dim, bool interleave, const float* cos, const 
     }
 }
 
-// Norm and RoPE of one token's queries or keys.
-void prepare(const Kernels& kernels, const Attention& layer, const float* norm, int heads, float* row, const float* cos,
+// Norm (where it is per head) and RoPE of one head.
+void prepare(const Kernels& kernels, const Attention& layer, const float* norm, float* head, const float* cos,
              const float* sin) {
-    const int d = layer.heads.head_dim;
-    if (norm && !layer.norm_per_head) kernels.rms_norm(row, norm, heads * d, layer.eps, row);
-    for (int h = 0; h < heads; h++) {
-        if (norm && layer.norm_per_head) kernels.rms_norm(row + h * d, norm, d, layer.eps, row + h * d);
-        turn(row + h * d, layer.rotary_dim, layer.interleave, cos, sin);
-    }
+    if (norm && layer.norm_per_head) kernels.rms_norm(head, norm, layer.heads.head_dim, layer.eps, head);
+    turn(head, layer.rotary_dim, layer.interleave, cos, sin);
 }
 
 void run_swiglu(Pool& pool, const Kernels& kernels, const SwiGLU& layer, const float* x, int tokens, float* y) {
@@ -50,34 +46,68 @@ void run_swiglu(Pool& pool, const Kernels& kernels, const SwiGLU& layer, const f
 
 }  // namespace
 
-void run_attention(Pool& pool, const Kernels& kernels, const Attention& layer, const Cache& cache, const Places& places,
-                   const float* x, float* y) {
+template <class F>
+void DecoderLayer::add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const {
+    std::vector<float> normed(static_cast<size_t>(tokens) * hidden), out(normed.size());
+    pool.run(tokens, 8, [&](size_t begin, size_t end) {
+        for (size_t t = begin; t < end; t++) kernels.rms_norm(x + t * hidden, norm, hidden, eps, &normed[t * hidden]);
+    });
+    f(normed.data(), out.data());
+    pool.run(tokens, 8, [&](size_t begin, size_t end) {
+        for (size_t t = begin; t < end; t++) kernels.add_scaled(&out[t * hidden], residual, hidden, x + t * hidden);
+    });
+}
+
+void DecoderLayer::run_attention(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places,
+                                 float* x) const {
+    add(pool, kernels, input_norm, x, places.tokens,
+        [&](const float* in, float* out) { attend(pool, kernels, cache, places, in, out); });
+}
+
+void DecoderLayer::run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens) const {
+    add(pool, kernels, post_norm, x, tokens,
+        [&](const float* in, float* out) { feed(pool, kernels, in, tokens, out); });
+}
+
+void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
+                          float* y) const {
+    const Attention& layer = attention;
     const Heads& heads = layer.heads;
     const int tokens = places.tokens, d = heads.head_dim, half = layer.rotary_dim / 2;
-    const size_t wide = heads.heads * d, narrow = heads.kv_heads * d;
+    const size_t wide = static_cast<size_t>(heads.heads) * d, narrow = static_cast<size_t>(heads.kv_heads) * d;
     std::vector<float> q(tokens * wide), k(tokens * narrow), v(tokens * narrow), out(tokens * wide);
     linear(pool, kernels,
            {{layer.q.matrix, layer.q.bias, q.data()},
             {layer.k.matrix, layer.k.bias, k.data()},
             {layer.v.matrix, layer.v.bias, v.data()}},
            x, tokens);
-    pool.run(tokens, 4, [&](size_t begin, size_t end) {
-        for (size_t t = begin; t < end; t++) {
+    if (layer.q_norm && !layer.norm_per_head) {
+        pool.run(tokens, 8, [&](size_t begin, size_t end) {
+            for (size_t t = begin; t < end; t++) {
+                kernels.rms_norm(&q[t * wide], layer.q_norm, static_cast<int>(wide), layer.eps, &q[t * wide]);
+                kernels.rms_norm(&k[t * narrow], layer.k_norm, static_cast<int>(narrow), layer.eps, &k[t * narrow]);
+            }
+        });
+    }
+    const int group = heads.heads / heads.kv_heads;
+    pool.run(static_cast<size_t>(tokens) * heads.kv_heads, 1, [&](size_t begin, size_t end) {
+        for (size_t item = begin; item < end; item++) {
+            const size_t t = item / heads.kv_heads, h = item % heads.kv_heads;
             const int position = places.positions[t];
-            const float *cos = places.cos + static_cast<size_t>(position) * half,
-                        *sin = places.sin + static_cast<size_t>(position) * half;
-            prepare(kernels, layer, layer.q_norm, heads.heads, &q[t * wide], cos, sin);
-            prepare(kernels, layer, layer.k_norm, heads.kv_heads, &k[t * narrow], cos, sin);
-            for (int h = 0; h < heads.kv_heads; h++)
-                cache.write(places.sequences[t], h, position, &k[t * narrow + h * d], &v[t * narrow + h * d], d);
+            const float *c = cos + static_cast<size_t>(position) * half, *s = sin + static_cast<size_t>(position) * half;
+            for (size_t g = h * group; g < (h + 1) * group; g++)
+                prepare(kernels, layer, layer.q_norm, &q[t * wide + g * d], c, s);
+            prepare(kernels, layer, layer.k_norm, &k[t * narrow + h * d], c, s);
+            cache.write(places.sequences[t], static_cast<int>(h), position, &k[t * narrow + h * d],
+                        &v[t * narrow + h * d], d);
         }
     });
-    attend(pool, kernels, heads, cache, q.data(), places.sequences, places.positions, tokens, out.data());
+    tenfold::attend(pool, kernels, heads, cache, q.data(), places.sequences, places.positions, tokens, out.data());
     linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.data(), tokens);
 }
 
-void run_feed_forward(Pool& pool, const Kernels& kernels, const FeedForward& layer, const float* x, int tokens,
-                      int hidden, float* y) {
+void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, float* y) const {
+    const FeedForward& layer = feed_forward;
     if (!layer.has_experts) return run_swiglu(pool, kernels, layer.dense, x, tokens, y);
     const int K = layer.router.top_k;
     std::vector<int32_t> ids(static_cast<size_t>(tokens) * K);

@@ -34,19 +34,31 @@ struct FeedForward {
     Experts experts;
 };
 
-// Where the tokens stand: sequences, positions, and the tables of cosines and sines (position, rotary_dim / 2).
+// Where the tokens stand.
 struct Places {
     const int32_t *sequences, *positions;
     int tokens;
-    const float *cos, *sin;
 };
 
-// y = x W_o applied to attention over x (tokens, D), after writing keys and values to the cache.
-void run_attention(Pool& pool, const Kernels& kernels, const Attention& layer, const Cache& cache, const Places& places,
-                   const float* x, float* y);
+// One layer; each half adds to the residual stream x (tokens, D): x += residual * f(norm(x)).
+struct DecoderLayer {
+    Attention attention;
+    FeedForward feed_forward;
+    const float *input_norm = nullptr, *post_norm = nullptr;
+    float eps = 0, residual = 1;
+    int hidden = 0;
+    const float *cos = nullptr, *sin = nullptr;  // tables (position, rotary_dim / 2)
 
-// y = feed-forward of x (tokens, D).
-void run_feed_forward(Pool& pool, const Kernels& kernels, const FeedForward& layer, const float* x, int tokens,
-                      int hidden, float* y);
+    // Writes the tokens' keys and values to the cache, too.
+    void run_attention(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, float* x) const;
+    void run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens) const;
+
+private:
+    template <class F>
+    void add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const;
+    void attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
+                float* y) const;
+    void feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, float* y) const;
+};
 
 }  // namespace tenfold

@@ -50,45 +50,26 @@ void work(const F& f) {
     busy_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-struct Layer {
-    Attention attention;
-    FeedForward feed_forward;
-    const float *input_norm = nullptr, *post_norm = nullptr;
-    float eps = 0, residual = 1;
-    int hidden = 0;
-    const float *cos = nullptr, *sin = nullptr;
+// All layers but for the last one's feed-forward, which only the tokens that predict need. One call a step:
+// between layers Python would find its own code gone from the caches, for the weights that came through.
+struct Decoder {
+    std::vector<DecoderLayer> layers;
+    std::vector<Cache> caches;
 
-    // x += residual * f(norm(x))
-    template <class F>
-    void add(Pool& pool, const Kernels& set, const float* norm, float* x, int tokens, const F& f) const {
-        std::vector<float> normed(static_cast<size_t>(tokens) * hidden), out(normed.size());
-        pool.run(tokens, 8, [&](size_t begin, size_t end) {
-            for (size_t t = begin; t < end; t++) set.rms_norm(x + t * hidden, norm, hidden, eps, &normed[t * hidden]);
-        });
-        f(normed.data(), out.data());
-        pool.run(tokens, 8, [&](size_t begin, size_t end) {
-            set.add_scaled(&out[begin * hidden], residual, static_cast<int>(end - begin) * hidden, x + begin * hidden);
+    void operator()(Address x, Address sequences, Address positions, int tokens) const {
+        work([&](Pool& pool, const Kernels& set) {
+            const Places places{at<const int32_t>(sequences), at<const int32_t>(positions), tokens};
+            for (size_t n = 0; n < layers.size(); n++) {
+                if (n > 0) layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens);
+                layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
+                if (tokens > 1) stop_if_interrupted();
+            }
         });
     }
 
-    void run_attention(Address x, Address sequences, Address positions, int tokens, Address keys, Address values,
-                       int capacity) const {
-        work([&](Pool& pool, const Kernels& set) {
-            const Cache cache{at<uint16_t>(keys), at<uint16_t>(values), capacity, attention.heads.kv_heads,
-                              blocks_of(attention.heads.head_dim) * BLOCK};
-            const Places places{at<const int32_t>(sequences), at<const int32_t>(positions), tokens, cos, sin};
-            add(pool, set, input_norm, at<float>(x), tokens, [&](const float* in, float* out) {
-                tenfold::run_attention(pool, set, attention, cache, places, in, out);
-            });
-        });
-    }
-
-    void run_feed_forward(Address x, int tokens) const {
-        work([&](Pool& pool, const Kernels& set) {
-            add(pool, set, post_norm, at<float>(x), tokens, [&](const float* in, float* out) {
-                tenfold::run_feed_forward(pool, set, feed_forward, in, tokens, hidden, out);
-            });
-        });
+    static void stop_if_interrupted() {
+        nb::gil_scoped_acquire locked;
+        if (PyErr_CheckSignals()) throw nb::python_error();
     }
 };
 
@@ -137,13 +118,14 @@ NB_MODULE(_native, m) {
         });
 
     nb::class_<Router>(m, "Router")
-        .def(nb::new_([](Address weight, int experts, int hidden, int top_k, int choice, Address logit_bias,
+        .def(nb::new_([](Address weight, bool in_bf16, int experts, int hidden, int top_k, int choice, Address logit_bias,
                          Address selection_bias, bool renormalise, int groups, int top_groups, float scale) {
-                 return Router{at<const float>(weight), at<const float>(logit_bias), at<const float>(selection_bias),
+                 return Router{at<const float>(in_bf16 ? 0 : weight), at<const uint16_t>(in_bf16 ? weight : 0),
+                               at<const float>(logit_bias), at<const float>(selection_bias),
                                experts, hidden, top_k, static_cast<Choice>(choice), renormalise, groups, top_groups,
                                scale};
              }),
-             "weight"_a, "experts"_a, "hidden"_a, "top_k"_a, "choice"_a, "logit_bias"_a, "selection_bias"_a,
+             "weight"_a, "in_bf16"_a, "experts"_a, "hidden"_a, "top_k"_a, "choice"_a, "logit_bias"_a, "selection_bias"_a,
              "renormalise"_a, "groups"_a, "top_groups"_a, "scale"_a)
         .def("__call__", [](const Router& self, Address x, int tokens, Address ids, Address weights) {
             work([&](Pool& pool, const Kernels& set) {
@@ -175,17 +157,32 @@ NB_MODULE(_native, m) {
              }),
              "gate_up"_a.none(), "down"_a.none(), "gate"_a, "router"_a.none(), "experts"_a.none());
 
-    nb::class_<Layer>(m, "Layer")
+    nb::class_<DecoderLayer>(m, "Layer")
         .def(nb::new_([](const Attention* attention, const FeedForward& feed_forward, Address input_norm,
                          Address post_norm, float eps, float residual, int hidden, Address cos, Address sin) {
-                 return Layer{attention ? *attention : Attention{}, feed_forward, at<const float>(input_norm),
-                              at<const float>(post_norm), eps, residual, hidden, at<const float>(cos),
-                              at<const float>(sin)};
+                 return DecoderLayer{attention ? *attention : Attention{}, feed_forward, at<const float>(input_norm),
+                                     at<const float>(post_norm), eps, residual, hidden, at<const float>(cos),
+                                     at<const float>(sin)};
              }),
              "attention"_a.none(), "feed_forward"_a, "input_norm"_a, "post_norm"_a, "eps"_a, "residual"_a, "hidden"_a,
              "cos"_a, "sin"_a)
-        .def("attention", &Layer::run_attention)
-        .def("feed_forward", &Layer::run_feed_forward);
+        .def("feed_forward", [](const DecoderLayer& self, Address x, int tokens) {
+            work([&](Pool& pool, const Kernels& set) { self.run_feed_forward(pool, set, at<float>(x), tokens); });
+        });
+
+    nb::class_<Decoder>(m, "Decoder")
+        .def(nb::new_([](const std::vector<DecoderLayer>& layers, const std::vector<Address>& keys,
+                         const std::vector<Address>& values, int capacity) {
+                 Decoder made{layers, {}};
+                 for (size_t n = 0; n < layers.size(); n++) {
+                     const Heads& heads = layers[n].attention.heads;
+                     made.caches.push_back({at<uint16_t>(keys[n]), at<uint16_t>(values[n]), capacity, heads.kv_heads,
+                                            blocks_of(heads.head_dim) * BLOCK});
+                 }
+                 return made;
+             }),
+             "layers"_a, "keys"_a, "values"_a, "capacity"_a)
+        .def("__call__", &Decoder::operator());
 
     m.def("busy_seconds", [] { return busy_seconds; });
     m.def("quantize", [](int format, Address weights, int rows, int columns, Address importance, Address panels) {

@@ -75,9 +75,12 @@ void route(Pool& pool, const Kernels& kernels, const Router& router, const float
         for (size_t item = begin; item < end; item++) {
             const size_t t = item / shares;
             const int first = static_cast<int>(item % shares) * SHARE;
-            for (int e = first; e < std::min(E, first + SHARE); e++)
-                logits[t * E + e] = kernels.product(x + t * D, router.weight + static_cast<size_t>(e) * D, D) +
-                                    (router.logit_bias ? router.logit_bias[e] : 0);
+            for (int e = first; e < std::min(E, first + SHARE); e++) {
+                const size_t row = static_cast<size_t>(e) * D;
+                const float logit = router.weight ? kernels.product(router.weight + row, x + t * D, D)
+                                                  : kernels.product_bf16(router.weight_bf16 + row, x + t * D, D);
+                logits[t * E + e] = logit + (router.logit_bias ? router.logit_bias[e] : 0);
+            }
         }
     });
     pool.run(tokens, 8, [&](size_t begin, size_t end) {

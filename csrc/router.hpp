@@ -9,7 +9,8 @@ namespace tenfold {
 enum class Choice : int { softmax = 0, topk_softmax = 1, sigmoid = 2 };
 
 struct Router {
-    const float* weight = nullptr;          // (E, D)
+    const float* weight = nullptr;          // (E, D), or null where it is kept in bf16
+    const uint16_t* weight_bf16 = nullptr;
     const float* logit_bias = nullptr;      // (E) or null
     const float* selection_bias = nullptr;  // (E) or null; sigmoid only
     int experts = 0, hidden = 0, top_k = 0;

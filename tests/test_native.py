@@ -197,7 +197,8 @@ ROUTERS = [
 
 @pytest.mark.parametrize("fields", ROUTERS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 37])
-def test_routers_choose_as_torch(isa: str, fields: dict[str, object], tokens: int) -> None:
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_routers_choose_as_torch(isa: str, fields: dict[str, object], tokens: int, in_bf16: bool) -> None:
     from tenfold.engine.native_layers import NativeLayers
 
     torch.manual_seed(0)
@@ -206,6 +207,8 @@ def test_routers_choose_as_torch(isa: str, fields: dict[str, object], tokens: in
     router = Router(config).eval()
     for tensor in (*router.parameters(), *router.buffers()):
         tensor.data = torch.randn_like(tensor) / 4
+        if in_bf16:
+            tensor.data = tensor.data.bfloat16().float()
     x_TD = torch.randn(tokens, 40)
     wanted_ids, wanted_weights, _ = router(x_TD[None])
     layers = NativeLayers.__new__(NativeLayers)

@@ -34,6 +34,7 @@ class Router:
     def __init__(
         self,
         weight: int,
+        in_bf16: bool,
         experts: int,
         hidden: int,
         top_k: int,
@@ -91,15 +92,8 @@ class Layer:
         cos: int,
         sin: int,
     ) -> None: ...
-    def attention(
-        self,
-        x: int,
-        sequences: int,
-        positions: int,
-        tokens: int,
-        keys: int,
-        values: int,
-        capacity: int,
-        /,
-    ) -> None: ...
     def feed_forward(self, x: int, tokens: int, /) -> None: ...
+
+class Decoder:
+    def __init__(self, layers: list[Layer], keys: list[int], values: list[int], capacity: int) -> None: ...
+    def __call__(self, x: int, sequences: int, positions: int, tokens: int, /) -> None: ...

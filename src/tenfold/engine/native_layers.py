@@ -79,8 +79,14 @@ class NativeLayers:
     def _router(self, prefix: str) -> Any:
         config = self._config
         as_switch = config.router == "switch"  # top-1 of a softmax, by its own probability
+        weight = self._weights[prefix + "weight"]
+        assert isinstance(weight, Tensor)
+        half = weight.bfloat16().contiguous()
+        in_bf16 = bool((half.float() == weight).all())  # then it is half the bytes of the same numbers
+        self._kept.append(half)
         return compiled.module().Router(
-            weight=self.address(prefix + "weight"),
+            weight=half.data_ptr() if in_bf16 else self.address(prefix + "weight"),
+            in_bf16=in_bf16,
             experts=config.num_experts,
             hidden=config.hidden_size,
             top_k=config.num_experts_per_tok,

@@ -32,14 +32,20 @@ class PackedRunner:
             PackedLatentAttention(config, model.weights, n, batch, self.capacity)
             for n in range(config.num_hidden_layers * config.is_latent)
         ]
-        self._caches = [] if config.is_latent else [self._new_cache() for _ in self._native.layers]
+        self._keys, self._values = ([self._new_cache() for _ in self._native.layers] for _ in "kv")
+        self._decoder = compiled.module().Decoder(
+            layers=self._native.layers,
+            keys=[cache.data_ptr() for cache in self._keys],
+            values=[cache.data_ptr() for cache in self._values],
+            capacity=self.capacity,
+        )
         self.length = 0
 
-    def _new_cache(self) -> tuple[Tensor, Tensor]:
-        """Keys and values; the layout within is the kernels' own."""
-        width = -(-self.config.head_dim // BLOCK) * BLOCK
+    def _new_cache(self) -> Tensor:
+        """Of keys or values; the layout within is the kernels' own."""
+        width = 0 if self.config.is_latent else -(-self.config.head_dim // BLOCK) * BLOCK
         shape = (self.batch, self.config.num_key_value_heads, self.capacity * width)
-        return torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)
+        return torch.zeros(shape, dtype=torch.bfloat16)
 
     def reset(self) -> None:
         """Forget all positions; what they left in the caches is never read again."""
@@ -67,17 +73,18 @@ class PackedRunner:
             x_BSD *= self.config.embedding_multiplier
         sequences = torch.arange(self.batch, dtype=torch.int32).repeat_interleave(new)
         positions = torch.arange(self.length, self.length + new, dtype=torch.int32).repeat(self.batch)
-        where = (x_BSD.data_ptr(), sequences.data_ptr(), positions.data_ptr(), tokens)
-        for n, layer in enumerate(self._native.layers):
-            if self._latent:
-                self._latent[n].add_to(x_BSD, self.length)
-            else:
-                keys, values = self._caches[n]
-                layer.attention(*where, keys.data_ptr(), values.data_ptr(), self.capacity)
-            if layer is not self._native.layers[-1]:
-                layer.feed_forward(x_BSD.data_ptr(), tokens)
+        if self._latent:
+            self._latent_layers(x_BSD)
+        else:
+            self._decoder(x_BSD.data_ptr(), sequences.data_ptr(), positions.data_ptr(), tokens)
         self.length += new
         return x_BSD
+
+    def _latent_layers(self, x_BSD: Tensor) -> None:
+        for n, attention in enumerate(self._latent):
+            if n > 0:
+                self._native.layers[n - 1].feed_forward(x_BSD.data_ptr(), x_BSD.shape[:2].numel())
+            attention.add_to(x_BSD, self.length)
 
     def _logits(self, x_BD: Tensor) -> Tensor:
         config = self.config

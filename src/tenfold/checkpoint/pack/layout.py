@@ -83,21 +83,25 @@ def without_predictor(config: ModelConfig) -> ModelConfig:
 
 
 def parts_by_file(config: ModelConfig, packing: Packing) -> list[list[Part]]:
-    """The parts of each file of a packed model: first what is in no layer, then a layer each."""
+    """The parts of each file of a packed model: first what is in no layer, then a layer each.
+
+    A tied embedding stays at q8 where the rest is q4: what it is off by counts twice, as input and as head.
+    """
     by_layer: dict[str, list[Part]] = {}
     with torch.device("meta"):
         model = Transformer(config)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not name.endswith(".experts.down"):  # which is in the record that gate_up begins
             layer = name.split(".")[1] if name.startswith("layers.") else ""
-            by_layer.setdefault(layer, []).append(_part(name, tuple(tensor.shape), packing))
+            by_layer.setdefault(layer, []).append(_part(name, tuple(tensor.shape), config, packing))
     return list(by_layer.values())
 
 
-def _part(name: str, shape: tuple[int, ...], packing: Packing) -> Part:
+def _part(name: str, shape: tuple[int, ...], config: ModelConfig, packing: Packing) -> Part:
     if name.endswith(".experts.gate_up"):
         count, double_width, hidden_size = shape
         return Experts(name.removesuffix(".gate_up"), count, hidden_size, double_width // 2, packing.experts)
     if len(shape) == 2 and name.endswith(".weight") and not name.endswith(KEPT):
-        return Matrix(name, *shape, packing.rest)
+        is_head_too = name == "embed_tokens.weight" and config.tie_word_embeddings
+        return Matrix(name, *shape, "q8" if is_head_too and packing.rest == "q4" else packing.rest)
     return Plain(name, shape)
