@@ -9,11 +9,11 @@
 namespace tenfold {
 
 void Cache::write(int sequence, int head, int position, const float* key, const float* value, int head_dim) const {
-    uint16_t* k = keys_of(sequence, head) + static_cast<size_t>(position / ROWS) * ROWS * width + position % ROWS * 2;
-    for (int d = 0; d < head_dim; d++) k[(d / 2) * ROWS * 2 + d % 2] = to_bf16(key[d]);
-    uint16_t* v = values_of(sequence, head) + static_cast<size_t>(position / 2) * ROWS * 2 + position % 2;
+    uint16_t* k = keys_of(sequence, head) + static_cast<size_t>(position / ROWS) * ROWS * width;
+    for (int d = 0; d < head_dim; d++) k[bf16_place(position % ROWS, d)] = to_bf16(key[d]);
+    uint16_t* v = values_of(sequence, head);
     for (int d = 0; d < head_dim; d++)
-        v[static_cast<size_t>(d / ROWS) * ROWS * capacity + d % ROWS * 2] = to_bf16(value[d]);
+        v[static_cast<size_t>(d / ROWS) * ROWS * capacity + bf16_place(d % ROWS, position)] = to_bf16(value[d]);
 }
 
 namespace {
@@ -78,7 +78,7 @@ private:
         alignas(64) float part[MAX_TOKENS * ROWS];
         scores_.resize(static_cast<size_t>(T) * span);
         for (int k = begin; k < end; k += ROWS) {
-            dot_(reinterpret_cast<const uint8_t*>(keys + static_cast<size_t>(k) * cache_.width), blocks, tile, part);
+            dot_(reinterpret_cast<const uint8_t*>(keys + static_cast<size_t>(k) * cache_.width), blocks, tile, {}, part);
             for (int i = 0; i < T; i++)
                 for (int r = 0; r < ROWS; r++)
                     scores_[static_cast<size_t>(i) * span + k - begin + r] = part[i * ROWS + r] * heads_.scale;
@@ -106,7 +106,7 @@ private:
         alignas(64) float part[MAX_TOKENS * ROWS];
         for (int row = 0; row < d; row += ROWS) {
             const uint16_t* panel = values + static_cast<size_t>(row) * cache_.capacity + static_cast<size_t>(begin) * ROWS;
-            dot_(reinterpret_cast<const uint8_t*>(panel), (end - begin) / BLOCK, tile, part);
+            dot_(reinterpret_cast<const uint8_t*>(panel), (end - begin) / BLOCK, tile, {}, part);
             for (int i = 0; i < T; i++) {
                 float* to = out + (static_cast<size_t>(run.first + i / shared) * heads_.heads + head + i % shared) * d + row;
                 for (int r = 0; r < std::min(ROWS, d - row); r++) to[r] = part[i * ROWS + r] / sums_[i];
@@ -117,7 +117,7 @@ private:
     const Kernels& kernels_;
     const Heads& heads_;
     const Cache& cache_;
-    void (*dot_)(const uint8_t*, int, const Tile&, float*);
+    Dot dot_;
     std::vector<uint16_t> queries_, weights_;
     std::vector<float> scores_;
     float sums_[MAX_TOKENS];

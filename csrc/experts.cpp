@@ -55,10 +55,14 @@ public:
             const float* bias = layer_.gate_up_bias;
             if (bias) bias += static_cast<size_t>(expert) * 2 * F;
             const int row = p * ROWS, rows = std::min(ROWS, F - row);
-            for (int i = tiles.group_first(group); i < tiles.group_first(group + 1); i++) {
+            const int first = tiles.group_first(group), count = tiles.group_first(group + 1) - first;
+            for (int i = first; i < first + count; i++) {
                 const Tile tile = tiles.tile(i);
-                dot_(panel, blocks, tile, gate);
-                dot_(panel + bytes, blocks, tile, up);
+                const auto ahead = [&](const uint8_t* from) {
+                    return ahead_of(from, layer_.format, blocks, 2 * bytes, i - first, count);
+                };
+                dot_(panel, blocks, tile, ahead(panel), gate);
+                dot_(panel + bytes, blocks, tile, ahead(panel + bytes), up);
                 if (bias) {
                     add_bias(gate, tile.tokens, bias + row, rows);
                     add_bias(up, tile.tokens, bias + F + row, rows);
@@ -84,9 +88,10 @@ public:
             const int expert = routing_.active[group];
             const uint8_t* panel = layer_.record(expert) + skip + p * bytes;
             const int row = p * ROWS, rows = std::min(ROWS, D - row);
-            for (int i = tiles.group_first(group); i < tiles.group_first(group + 1); i++) {
+            const int first = tiles.group_first(group), count = tiles.group_first(group + 1) - first;
+            for (int i = first; i < first + count; i++) {
                 const Tile tile = tiles.tile(i);
-                dot_(panel, blocks, tile, part);
+                dot_(panel, blocks, tile, ahead_of(panel, layer_.format, blocks, bytes, i - first, count), part);
                 if (layer_.down_bias)
                     add_bias(part, tile.tokens, layer_.down_bias + static_cast<size_t>(expert) * D + row, rows);
                 for (int t = 0; t < tile.tokens; t++)
@@ -129,7 +134,7 @@ private:
     const Kernels& kernels_;
     const Experts& layer_;
     const Routing& routing_;
-    void (*dot_)(const uint8_t*, int, const Tile&, float*);
+    Dot dot_;
 };
 
 }  // namespace

@@ -3,18 +3,43 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
+
+#include "panel.hpp"
 
 namespace tenfold {
 namespace {
 
-// e^x to 2 units in the last place for x in [-87, 88], clamped beyond: 2^n times a polynomial on half a
-// binade (minimax coefficients after Cephes' expf).
+// Of the sizes of a block's floats. As integers NaN is more than infinity, so neither is overlooked.
+inline float largest_of_block(const float* values) {
+    int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int k = 0; k < BLOCK; k++) largest = std::max(largest, std::bit_cast<int32_t>(values[k]) & 0x7fffffff);
+    return std::bit_cast<float>(largest);
+}
+
+// What `round_block` makes of a block that holds infinity or NaN: every product with it is NaN.
+inline float no_numbers(int8_t* codes, int32_t* correction) {
+    std::fill_n(codes, BLOCK, int8_t{0});
+    *correction = 0;
+    return std::numeric_limits<float>::quiet_NaN();
+}
+
+// What values are multiplied by to fill -127..127. Of tiny ones it would be no number any more, and no
+// product with those matters.
+inline float inverse_of(float largest) { return largest > 1e-30f ? 127 / largest : 0; }
+
+inline void each_to_bf16(const float* values, int count, uint16_t* out) {
+    for (int i = 0; i < count; i++) out[i] = to_bf16(values[i]);
+}
+
+// e^x to 2 units in the last place for x in [-87, 88], e^-87 below, infinity above: 2^n times a polynomial
+// on half a binade (minimax coefficients after Cephes' expf).
 inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
+    const float within = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    const float shifted = within * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
     const float n = shifted - 12582912.0f;
-    float r = x - n * 0.693359375f;
+    float r = within - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -24,7 +49,7 @@ inline float exponential(float x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     const int32_t power = std::bit_cast<int32_t>(shifted) - 0x4b400000;
-    return p * std::bit_cast<float>((power + 127) << 23);
+    return x > 88.0f ? std::numeric_limits<float>::infinity() : p * std::bit_cast<float>((power + 127) << 23);
 }
 
 void rms_norm(const float* x, const float* weight, int count, float eps, float* y) {

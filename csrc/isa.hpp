@@ -8,11 +8,25 @@
 
 namespace tenfold {
 
+// What to fetch while a panel is worked on, so much at each block: memory's own prefetcher stops at every
+// page and is a block or two ahead, which is not enough to read at the speed of memory (LOG.md).
+struct Ahead {
+    const uint8_t* first = nullptr;
+    int lines = 0;  // of 64 bytes a block
+
+    void fetch(int block) const {
+        for (int i = 0; i < lines; i++) __builtin_prefetch(first + (static_cast<size_t>(block) * lines + i) * 64, 0, 2);
+    }
+};
+
+using Dot = void (*)(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out);
+
 struct Kernels {
     const char* name;
     // out (tokens, 16): one panel of `blocks` blocks times a tile.
-    void (*dot[FORMATS])(const uint8_t* panel, int blocks, const Tile& tile, float* out);
-    // One block of 32 floats to codes; returns the scale, and -128 times the sum of the codes.
+    Dot dot[FORMATS];
+    // One block of 32 floats to codes; returns the scale, and -128 times the sum of the codes. Where one of
+    // them is infinite or NaN, the scale is NaN.
     float (*round_block)(const float* values, int8_t* codes, int32_t* correction);
     // `count` floats to bf16.
     void (*round_bf16)(const float* values, int count, uint16_t* out);

@@ -49,7 +49,7 @@ inline __m256 block_scales(const uint8_t* bytes) {
 }
 
 template <Format F>
-void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     const __m256i table = F == Format::q8 ? _mm256_setzero_si256() : signed_codebook<F>();
     const __m256i ones = _mm256_set1_epi16(1);
     const uint8_t* scales = panel + blocks * code_bytes(F);
@@ -58,6 +58,7 @@ void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
         __m256 sum[MAX_TOKENS];
         for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
         for (int b = 0; b < blocks; b++) {
+            if (half == 0) ahead.fetch(b);
             __m256i codes[8], sizes[8];
             unpack<F>(panel + b * code_bytes(F), half, table, codes);
             for (int g = 0; g < 8; g++) sizes[g] = _mm256_abs_epi8(codes[g]);
@@ -82,13 +83,14 @@ void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
     }
 }
 
-void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     const int T = tile.tokens;
     for (int half = 0; half < 2; half++) {
         __m256 sum[MAX_TOKENS];
         for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
         for (int b = 0; b < blocks; b++) {
+            if (half == 0) ahead.fetch(b);
             const uint8_t* block = panel + b * code_bytes(Format::bf16) + half * 32;
             const int32_t* x = reinterpret_cast<const int32_t*>(tile.bf16 + static_cast<size_t>(b) * T * BLOCK);
             for (int pair = 0; pair < BLOCK / 2; pair++) {
@@ -107,9 +109,9 @@ void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
 }
 
 float round_block(const float* values, int8_t* codes, int32_t* correction) {
-    float largest = 0;
-    for (int k = 0; k < BLOCK; k++) largest = std::max(largest, std::fabs(values[k]));
-    const __m256 inverse = _mm256_set1_ps(largest > 1e-30f ? 127 / largest : 0);
+    const float largest = largest_of_block(values);
+    if (!std::isfinite(largest)) return no_numbers(codes, correction);
+    const __m256 inverse = _mm256_set1_ps(inverse_of(largest));
     __m256i whole[4];
     for (int i = 0; i < 4; i++)
         whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i * 8), inverse));
@@ -124,17 +126,13 @@ float round_block(const float* values, int8_t* codes, int32_t* correction) {
     return largest / 127;
 }
 
-void round_bf16(const float* values, int count, uint16_t* out) {
-    for (int i = 0; i < count; i++) out[i] = to_bf16(values[i]);
-}
-
 }  // namespace
 
 extern const Kernels avx2_kernels = {
     "avx2",
     {dot_bf16, dot<Format::q8>, dot<Format::q4>, dot<Format::mxfp4>},
     round_block,
-    round_bf16,
+    each_to_bf16,
     rms_norm,
     product,
     product_bf16,

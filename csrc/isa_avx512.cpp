@@ -8,15 +8,6 @@ namespace tenfold {
 namespace {
 
 constexpr int TOGETHER = 4;  // tokens whose sums are interleaved: one alone would wait for each product
-// Memory's own prefetcher stops at every page and is a block or two ahead; this far ahead is what it takes
-// to read at the speed of memory (LOG.md).
-constexpr size_t AHEAD = 24 << 10;
-
-template <Format F>
-inline void prefetch(const uint8_t* block) {
-    for (size_t line = 0; line < code_bytes(F); line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(block + AHEAD + line), _MM_HINT_T1);
-}
 
 template <Format F>
 inline __m512i codebook() {
@@ -54,7 +45,7 @@ inline __m512 block_scales(const uint8_t* bytes) {
 
 // The tokens are a template parameter so that their sums stay in registers.
 template <Format F, int T>
-void tile_dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void tile_dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     const __m512i table = codebook<F>();
     const uint8_t* scales = panel + blocks * code_bytes(F);
     const int32_t* fours = reinterpret_cast<const int32_t*>(tile.codes);
@@ -62,7 +53,7 @@ void tile_dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
     for (int b = 0; b < blocks; b++) {
-        prefetch<F>(panel + b * code_bytes(F));
+        ahead.fetch(b);
         __m512i codes[8];
         unpack<F>(panel + b * code_bytes(F), table, codes);
         const __m512 scale = block_scales<F>(scales + b * ROWS);
@@ -96,7 +87,7 @@ void tile_dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
 }
 
 template <int T>
-void tile_dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void tile_dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     const int32_t* pairs = reinterpret_cast<const int32_t*>(tile.bf16);
     // Few tokens have a second sum each, so that no product waits for the one before it.
     constexpr int SUMS = T <= 8 ? 2 : 1;
@@ -106,7 +97,7 @@ void tile_dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* ou
     for (int b = 0; b < blocks; b++) {
         const uint8_t* block = panel + b * code_bytes(Format::bf16);
         const int32_t* x = pairs + static_cast<size_t>(b) * T * 16;
-        prefetch<Format::bf16>(block);
+        ahead.fetch(b);
 #pragma GCC unroll 16
         for (int pair = 0; pair < 16; pair++) {
             const __m512bh weights = (__m512bh)_mm512_loadu_si512(block + pair * 64);
@@ -124,21 +115,22 @@ void tile_dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* ou
 }
 
 template <Format F, int T = MAX_TOKENS>
-void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     if (tile.tokens == T) {
         if constexpr (F == Format::bf16)
-            tile_dot_bf16<T>(panel, blocks, tile, out);
+            tile_dot_bf16<T>(panel, blocks, tile, ahead, out);
         else
-            tile_dot<F, T>(panel, blocks, tile, out);
+            tile_dot<F, T>(panel, blocks, tile, ahead, out);
     } else if constexpr (T > 1) {
-        dot<F, T - 1>(panel, blocks, tile, out);
+        dot<F, T - 1>(panel, blocks, tile, ahead, out);
     }
 }
 
 float round_block(const float* values, int8_t* codes, int32_t* correction) {
+    const float largest = largest_of_block(values);
+    if (!std::isfinite(largest)) return no_numbers(codes, correction);
     const __m512 low = _mm512_loadu_ps(values), high = _mm512_loadu_ps(values + 16);
-    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-    const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 127 / largest : 0);
+    const __m512 inverse = _mm512_set1_ps(inverse_of(largest));
     const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
     const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtsepi32_epi8(first));
@@ -152,7 +144,7 @@ void round_bf16(const float* values, int count, uint16_t* out) {
     for (; i + 16 <= count; i += 16)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
                             (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values + i)));
-    for (; i < count; i++) out[i] = to_bf16(values[i]);
+    each_to_bf16(values + i, count - i, out + i);
 }
 
 }  // namespace

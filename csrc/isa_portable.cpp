@@ -8,10 +8,11 @@ namespace tenfold {
 namespace {
 
 template <Format F>
-void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     const uint8_t* scales = panel + blocks * code_bytes(F);
     std::fill_n(out, tile.tokens * ROWS, 0.0f);
     for (int b = 0; b < blocks; b++) {
+        ahead.fetch(b);
         for (int row = 0; row < ROWS; row++) {
             int values[BLOCK];
             for (int k = 0; k < BLOCK; k++) values[k] = code_value(F, panel + b * code_bytes(F), row, k);
@@ -32,16 +33,16 @@ void dot(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
     }
 }
 
-void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
+void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, const Ahead&, float* out) {
     const uint16_t* weights = reinterpret_cast<const uint16_t*>(panel);
     for (int t = 0; t < tile.tokens; t++) {
         for (int row = 0; row < ROWS; row++) {
             float sum = 0;
             for (int b = 0; b < blocks; b++) {
                 const uint16_t* x = tile.bf16 + (static_cast<size_t>(b) * tile.tokens + t) * BLOCK;
-                const uint16_t* w = weights + static_cast<size_t>(b) * ROWS * BLOCK + row * 2;
+                const uint16_t* block = weights + static_cast<size_t>(b) * ROWS * BLOCK;
                 for (int k = 0; k < BLOCK; k++)
-                    sum += bf16_to_float(w[(k / 2) * ROWS * 2 + k % 2]) * bf16_to_float(x[k]);
+                    sum += bf16_to_float(block[bf16_place(row, k)]) * bf16_to_float(x[k]);
             }
             out[t * ROWS + row] = sum;
         }
@@ -49,10 +50,9 @@ void dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, float* out) {
 }
 
 float round_block(const float* values, int8_t* codes, int32_t* correction) {
-    float largest = 0;
-    for (int k = 0; k < BLOCK; k++) largest = std::max(largest, std::fabs(values[k]));
-    // Below this 127 / largest is no number any more, and a product with it is none that matters.
-    const float inverse = largest > 1e-30f ? 127 / largest : 0;
+    const float largest = largest_of_block(values);
+    if (!std::isfinite(largest)) return no_numbers(codes, correction);
+    const float inverse = inverse_of(largest);
     int32_t sum = 0;
     for (int k = 0; k < BLOCK; k++) {
         codes[k] = static_cast<int8_t>(std::nearbyint(values[k] * inverse));
@@ -62,17 +62,13 @@ float round_block(const float* values, int8_t* codes, int32_t* correction) {
     return largest / 127;
 }
 
-void round_bf16(const float* values, int count, uint16_t* out) {
-    for (int i = 0; i < count; i++) out[i] = to_bf16(values[i]);
-}
-
 }  // namespace
 
 extern const Kernels portable_kernels = {
     "portable",
     {dot_bf16, dot<Format::q8>, dot<Format::q4>, dot<Format::mxfp4>},
     round_block,
-    round_bf16,
+    each_to_bf16,
     rms_norm,
     product,
     product_bf16,

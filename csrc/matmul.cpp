@@ -66,6 +66,15 @@ void Rounded::round(Pool& pool, const Kernels& kernels, const float* x, const in
     });
 }
 
+constexpr size_t FAR = 24 << 10;  // bytes, more than memory delivers in the time of its own latency
+
+Ahead ahead_of(const uint8_t* panel, Format format, int blocks, size_t stride, int index, int count) {
+    const int lines = static_cast<int>(code_bytes(format) / 64);
+    if (count == 1) return {panel + FAR, lines};
+    const int share = (lines + count - 1) / count;
+    return {panel + stride + static_cast<size_t>(index) * blocks * share * 64, share};
+}
+
 Tile Rounded::tile(int index) const {
     const size_t block = static_cast<size_t>(starts_[index]) * blocks_;
     const int tokens = starts_[index + 1] - starts_[index];
@@ -78,7 +87,7 @@ void Matrix::row(int index, float* out) const {
     const int row = index % ROWS, blocks = blocks_of(columns);
     if (format == Format::bf16) {
         const uint16_t* halves = reinterpret_cast<const uint16_t*>(panel);
-        for (int k = 0; k < columns; k++) out[k] = bf16_to_float(halves[(k / 2) * ROWS * 2 + row * 2 + k % 2]);
+        for (int k = 0; k < columns; k++) out[k] = bf16_to_float(halves[bf16_place(row, k)]);
         return;
     }
     const uint8_t* scales = panel + blocks * code_bytes(format);
@@ -117,7 +126,10 @@ void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& prod
             const int row = p * ROWS, rows = std::min(ROWS, matrix.rows - row);
             for (int i = 0; i < tiles.tiles(); i++) {
                 const Tile tile = tiles.tile(i);
-                kernels.dot[static_cast<int>(matrix.format)](matrix.panel(p), blocks_of(matrix.columns), tile, out);
+                const int blocks = blocks_of(matrix.columns);
+                const Ahead ahead = ahead_of(matrix.panel(p), matrix.format, blocks,
+                                             panel_bytes(matrix.format, matrix.columns), i, tiles.tiles());
+                kernels.dot[static_cast<int>(matrix.format)](matrix.panel(p), blocks, tile, ahead, out);
                 for (int t = 0; t < tile.tokens; t++) {
                     float* to = y + static_cast<size_t>(tiles.start(i) + t) * matrix.rows + row;
                     for (int r = 0; r < rows; r++) to[r] = out[t * ROWS + r] + (bias ? bias[row + r] : 0);

@@ -46,6 +46,10 @@ private:
     std::vector<uint16_t> bf16_;
 };
 
+// What to fetch while tile `index` of `count` meets a panel: with one tile, what comes some way behind the
+// block at hand; with several, the panel that comes `stride` bytes on, a part with each tile.
+Ahead ahead_of(const uint8_t* panel, Format format, int blocks, size_t stride, int index, int count);
+
 struct Product {
     Matrix matrix;
     const float* bias;  // or null

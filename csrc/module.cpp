@@ -2,8 +2,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#include <unistd.h>
+#include <pthread.h>
 
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <mutex>
@@ -25,19 +26,29 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-int wanted_threads = 1;
-std::mutex one_call;  // a pool serves one caller at a time
+std::atomic<int> wanted_threads = 1;
+std::mutex one_call;  // a pool serves one caller at a time; it guards what follows
+double busy_seconds = 0;  // since the module was loaded
+int pool_threads = 0;  // that the pool was asked to have
+// Itself never destroyed: at exit its threads may be at work, or in a fork not be there to be waited for.
+std::unique_ptr<Pool>& the_pool = *new std::unique_ptr<Pool>;
 
 Pool& pool() {
-    static std::unique_ptr<Pool> made;
-    static pid_t owner = 0;
-    if (owner != getpid()) static_cast<void>(made.release());  // a fork has none of its parent's threads
-    if (!made || made->size() != wanted_threads) made = std::make_unique<Pool>(wanted_threads);
-    owner = getpid();
-    return *made;
+    if (!the_pool || pool_threads != wanted_threads) {
+        pool_threads = wanted_threads;
+        the_pool = std::make_unique<Pool>(pool_threads);
+    }
+    return *the_pool;
 }
 
-double busy_seconds = 0;  // since the module was loaded
+// A fork waits for the call under way; its child has none of the threads, and makes its own when it needs them.
+void prepare_for_forks() {
+    pthread_atfork([] { one_call.lock(); }, [] { one_call.unlock(); },
+                   [] {
+                       static_cast<void>(the_pool.release());
+                       one_call.unlock();
+                   });
+}
 
 // Work on the pool, without Python's lock.
 template <class F>
@@ -80,8 +91,9 @@ Linear new_linear(Address panels, int format, int rows, int columns, Address bia
 }  // namespace
 
 NB_MODULE(_native, m) {
+    prepare_for_forks();
     m.def("set_threads", [](int threads) { wanted_threads = std::max(1, threads); });
-    m.def("threads", [] { return wanted_threads; });
+    m.def("threads", [] { return wanted_threads.load(); });
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("isas", [] {
         std::vector<std::string> names;
@@ -184,7 +196,11 @@ NB_MODULE(_native, m) {
              "layers"_a, "keys"_a, "values"_a, "capacity"_a)
         .def("__call__", &Decoder::operator());
 
-    m.def("busy_seconds", [] { return busy_seconds; });
+    m.def("busy_seconds", [] {
+        nb::gil_scoped_release unlocked;
+        std::lock_guard<std::mutex> alone(one_call);
+        return busy_seconds;
+    });
     m.def("quantize", [](int format, Address weights, int rows, int columns, Address importance, Address panels) {
         work([&](Pool& pool, const Kernels&) {
             quantize(pool, static_cast<Format>(format), at<const float>(weights), rows, columns,

@@ -1,10 +1,10 @@
 // How packed weights and rounded activations lie in memory. Nothing here depends on the machine.
 //
 // A matrix (N, K) is cut into panels of 16 rows, a panel into blocks of 32 columns; both are padded with
-// zeros. A panel holds the codes of all its blocks, then the scale bytes of all its blocks, then a float32
-// scale for each row, a power of two, then zeros up to a multiple of 64 bytes. Within a block the codes of 4 neighbouring
-// columns (2 in bf16) of row 0 come first, then those of row 1, and so on: one vector register of 16 lanes
-// is 16 rows, and one broadcast of 4 activations multiplies them all.
+// zeros. A panel holds the codes of all its blocks, then their scale bytes, then (q8 and q4) a float32 scale
+// for each row, a power of two, then zeros up to a multiple of 64 bytes. Within a block the codes of 4
+// neighbouring columns (2 in bf16) of row 0 come first, then those of row 1, and so on: one vector register
+// of 16 lanes is 16 rows, and one broadcast of 4 activations multiplies them all.
 //
 // tenfold/panels.py is the same layout in torch.
 #pragma once
@@ -68,6 +68,11 @@ inline int code_value(Format format, const uint8_t* block, int row, int column) 
     const uint8_t both = block[(group / 2) * 64 + row * 4 + c];
     const uint8_t four = group % 2 ? both >> 4 : both & 15;
     return (format == Format::q4 ? Q4_CODEBOOK : MXFP4_CODEBOOK)[four] - 128;
+}
+
+// Where a panel in bf16 has the value of one of its rows in a column.
+constexpr size_t bf16_place(int row, int column) {
+    return static_cast<size_t>(column / 2) * ROWS * 2 + row * 2 + column % 2;
 }
 
 inline float bf16_to_float(uint16_t half) { return std::bit_cast<float>(uint32_t{half} << 16); }

@@ -1,6 +1,8 @@
 #include "pool.hpp"
 
 #include <algorithm>
+#include <system_error>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,7 +17,11 @@ namespace tenfold {
 constexpr int SPINS = 4000;
 
 Pool::Pool(int threads) {
-    for (int i = 1; i < threads; i++) workers_.emplace_back([this] { serve(); });
+    try {
+        for (int i = 1; i < threads; i++) workers_.emplace_back([this] { serve(); });
+    } catch (const std::system_error&) {
+        // As many as the system gives.
+    }
 }
 
 Pool::~Pool() {
@@ -38,11 +44,26 @@ void Pool::run(size_t items, size_t grain, const std::function<void(size_t, size
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
     take();
-    while (busy_.load(std::memory_order_acquire)) PAUSE();
+    for (int spins = 0; busy_.load(std::memory_order_acquire);)
+        if (spins++ < SPINS)
+            PAUSE();
+        else
+            std::this_thread::yield(), spins = SPINS;  // there may be fewer cores than threads
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+}
+
+void Pool::take() noexcept {
+    try {
+        take_ranges();
+    } catch (...) {
+        next_.store(items_, std::memory_order_relaxed);  // what is left need not be begun
+        std::lock_guard<std::mutex> alone(failing_);
+        failure_ = std::current_exception();
+    }
 }
 
 // Half of a fair share of what is left at a time: long stretches of memory first, and all end together.
-void Pool::take() {
+void Pool::take_ranges() {
     size_t first = next_.load(std::memory_order_relaxed);
     while (first < items_) {
         const size_t share = std::max(grain_, (items_ - first) / (2 * size()));

@@ -3,7 +3,9 @@
 
 #include <atomic>
 #include <cstddef>
+#include <exception>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -11,16 +13,19 @@ namespace tenfold {
 
 class Pool {
 public:
+    // The caller and `threads` - 1 others, or as many of those as the system gives.
     explicit Pool(int threads);
     ~Pool();
     int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-    // Calls work(first, last) for ranges that cover [0, items), of at least `grain`, on all threads.
+    // Calls work(first, last) for ranges that cover [0, items), of at least `grain`, on all threads. Throws what
+    // one of the calls threw, when none is under way any more.
     void run(size_t items, size_t grain, const std::function<void(size_t, size_t)>& work);
 
 private:
     void serve();
-    void take();
+    void take() noexcept;
+    void take_ranges();
 
     std::vector<std::thread> workers_;
     const std::function<void(size_t, size_t)>* work_ = nullptr;
@@ -29,6 +34,8 @@ private:
     alignas(64) std::atomic<uint32_t> round_{0};
     alignas(64) std::atomic<int> busy_{0};
     std::atomic<bool> stop_{false};
+    std::mutex failing_;
+    std::exception_ptr failure_;
 };
 
 }  // namespace tenfold

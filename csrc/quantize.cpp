@@ -7,7 +7,8 @@
 #include <limits>
 #include <vector>
 
-#if defined(TENFOLD_X86) && defined(__GNUC__) && defined(__linux__)
+// What glibc's loader chooses among. Other compilers, and GCC before 12, do not know these levels by name.
+#if defined(TENFOLD_X86) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define EVERY_MACHINE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define EVERY_MACHINE
@@ -95,6 +96,7 @@ struct Block {
 void best(const float* x, const uint8_t* candidates, int count, float (*decode)(uint8_t), const Codebook& book,
           const float* roots, Block& out) {
     double least = std::numeric_limits<double>::infinity();
+    out.scale = candidates[0];
     for (int i = 0; i < count; i++) {
         const double error = squared_error(x, decode(candidates[i]), book, roots);
         if (error < least) least = error, out.scale = candidates[i];
@@ -166,7 +168,7 @@ void quantize_row(Format format, const float* weights, int columns, const float*
 
 void store_bf16(const float* weights, int columns, int row, uint8_t* panel) {
     uint16_t* halves = reinterpret_cast<uint16_t*>(panel);
-    for (int k = 0; k < columns; k++) halves[(k / 2) * ROWS * 2 + row * 2 + k % 2] = to_bf16(weights[k]);
+    for (int k = 0; k < columns; k++) halves[bf16_place(row, k)] = to_bf16(weights[k]);
 }
 
 }  // namespace

@@ -20,12 +20,14 @@ void softmax(float* values, int count) {
     for (int e = 0; e < count; e++) values[e] /= sum;
 }
 
-// The indices of the `count` largest, largest first; the earlier of equals first.
+// The indices of the `count` largest, largest first; the earlier of equals first. NaN is the largest.
 std::vector<int32_t> top(const float* values, int size, int count) {
     std::vector<int32_t> order(size);
     std::iota(order.begin(), order.end(), 0);
     std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](int32_t a, int32_t b) {
-        return values[a] != values[b] ? values[a] > values[b] : a < b;
+        const bool nan_a = std::isnan(values[a]), nan_b = std::isnan(values[b]);
+        if (nan_a != nan_b) return nan_a;
+        return nan_a || values[a] == values[b] ? a < b : values[a] > values[b];
     });
     order.resize(count);
     return order;

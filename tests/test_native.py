@@ -1,6 +1,9 @@
 """The compiled kernels, with every instruction set of this machine, against float64."""
 
+import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from tenfold import compiled, panels
 from tenfold.config import ModelConfig
+from tenfold.engine.native_layers import NativeLayers
 from tenfold.errors import TenfoldError
 from tenfold.kernels import ACTIVATIONS, native
 from tenfold.model.router import Router
@@ -96,6 +100,30 @@ def test_extreme_activations(isa: str, form: str, extreme: str) -> None:
 def test_extreme_weights(isa: str, form: str, extreme: str) -> None:
     torch.manual_seed(0)
     check_linear(EXTREMES[extreme](torch.randn(40, 96)), torch.randn(19, 96), form)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_what_is_no_number_stays_none_and_harms_no_other_token(isa: str, form: str, bad: float) -> None:
+    torch.manual_seed(0)
+    matrix, x = packed_matrix(torch.randn(40, 90), form), torch.randn(19, 90)
+    wanted = native.linear(matrix, x)
+    x[5, 40] = bad
+    got = native.linear(matrix, x)
+    assert not got[5].isfinite().any()
+    others = torch.arange(19) != 5
+    assert got[others].equal(wanted[others])
+
+
+@pytest.mark.parametrize("activation", ["silu", "clamped_swiglu"])
+def test_a_gate_far_below_zero_is_shut(isa: str, activation: str) -> None:
+    gate_up, down = torch.zeros(1, 32, 32), torch.ones(1, 32, 16)
+    gate_up[0, :16, 0], gate_up[0, 16:, 1] = -1e19, 1.0
+    x = torch.zeros(1, 32)
+    x[0, 0], x[0, 1] = 1e19, 1.0
+    packed = packed_experts(gate_up, down, "bf16")
+    out = native.experts(packed, x, torch.tensor([[0]]), torch.ones(1, 1), activation)
+    assert out.abs().max() < 1e-20
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -195,15 +223,25 @@ ROUTERS = [
 ]
 
 
+ROUTER_SHAPE = {"hidden_size": 40, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 8}
+
+
+def by_native_router(router: Router, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    layers = NativeLayers.__new__(NativeLayers)
+    layers._config, layers._kept = router.config, []
+    layers._weights = {f"r.{name}": tensor for name, tensor in router.state_dict().items()}
+    shape = (len(x_TD), router.config.num_experts_per_tok)
+    ids, weights = torch.empty(shape, dtype=torch.int32), torch.empty(shape)
+    layers._router("r.")(x_TD.data_ptr(), len(x_TD), ids.data_ptr(), weights.data_ptr())
+    return ids.long(), weights
+
+
 @pytest.mark.parametrize("fields", ROUTERS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 37])
 @pytest.mark.parametrize("in_bf16", [False, True])
 def test_routers_choose_as_torch(isa: str, fields: dict[str, object], tokens: int, in_bf16: bool) -> None:
-    from tenfold.engine.native_layers import NativeLayers
-
     torch.manual_seed(0)
-    shape = {"hidden_size": 40, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 8}
-    config = ModelConfig.parse(shape | fields, "test")
+    config = ModelConfig.parse(ROUTER_SHAPE | fields, "test")
     router = Router(config).eval()
     for tensor in (*router.parameters(), *router.buffers()):
         tensor.data = torch.randn_like(tensor) / 4
@@ -211,13 +249,20 @@ def test_routers_choose_as_torch(isa: str, fields: dict[str, object], tokens: in
             tensor.data = tensor.data.bfloat16().float()
     x_TD = torch.randn(tokens, 40)
     wanted_ids, wanted_weights, _ = router(x_TD[None])
-    layers = NativeLayers.__new__(NativeLayers)
-    layers._config, layers._kept = config, []
-    layers._weights = {f"r.{name}": tensor for name, tensor in router.state_dict().items()}
-    ids, weights = torch.empty(tokens, 3, dtype=torch.int32), torch.empty(tokens, 3)
-    layers._router("r.")(x_TD.data_ptr(), tokens, ids.data_ptr(), weights.data_ptr())
-    assert ids.long().equal(wanted_ids)
+    ids, weights = by_native_router(router, x_TD)
+    assert ids.equal(wanted_ids)
     assert torch.allclose(weights, wanted_weights, atol=1e-6)
+
+
+def test_a_router_prefers_what_is_no_number(isa: str) -> None:
+    """As torch's topk: it must not be passed over for the sake of its neighbours."""
+    config = ModelConfig.parse(ROUTER_SHAPE | {"router": "sigmoid"}, "test")
+    router = Router(config).eval()
+    router.weight.data, router.bias.data = torch.randn(12, 40), torch.zeros(12)
+    router.weight.data[7] = math.nan
+    ids, weights = by_native_router(router, torch.randn(9, 40))
+    assert (ids[:, 0] == 7).all()
+    assert weights.isnan().all()
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -237,6 +282,15 @@ def test_the_compiled_quantiser_is_the_reference_to_the_bit(
         assert pack_matrix(weights, form, importance).equal(compiled_panels)
 
 
+def test_errors_beyond_float32_leave_the_quantisers_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No candidate has a finite error: the first one is taken, in torch and in C++."""
+    torch.manual_seed(0)
+    weights, importance = torch.randn(64, 64) * 1e37, torch.full((64,), 1e38)
+    compiled_panels = pack_matrix(weights, "mxfp4", importance)
+    monkeypatch.setattr(panels.compiled, "available", lambda: False)
+    assert pack_matrix(weights, "mxfp4", importance).equal(compiled_panels)
+
+
 def test_another_instruction_set_must_be_one_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENFOLD_ISA", "sse9")
     with pytest.raises(TenfoldError, match=r"TENFOLD_ISA: this machine cannot run 'sse9', only .*portable"):
@@ -245,10 +299,41 @@ def test_another_instruction_set_must_be_one_of_this_machine(monkeypatch: pytest
         native.linear(packed_matrix(torch.randn(16, 32), "q8"), torch.randn(1, 32))
 
 
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    matrix, x = packed_matrix(torch.randn(400, 64), "q8"), torch.randn(20, 64)
-    wanted = native.linear(matrix, x)
-    child = os.fork()
-    if child == 0:
+def test_there_are_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "99999999999")
+    assert compiled.default_threads() <= (os.cpu_count() or 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert compiled.default_threads() == 1
+
+
+FORKS = """
+import os, sys, threading, torch
+from tenfold import compiled
+from tenfold.kernels import native
+from tenfold.packed import packed_matrix
+
+compiled.module().set_threads(3)
+matrix, x = packed_matrix(torch.randn(400, 640), "q8"), torch.randn(2000, 640)
+wanted = native.linear(matrix, x)
+stop = False
+
+def work():
+    while not stop:
+        native.linear(matrix, x)
+
+threading.Thread(target=work).start()
+for _ in range(5):
+    if (child := os.fork()) == 0:
         os._exit(0 if native.linear(matrix, x).equal(wanted) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    if os.waitpid(child, 0)[1] != 0:
+        os._exit(1)
+stop = True
+if os.fork() == 0:
+    sys.exit()  # with all that exits do, and no call in this process
+sys.exit(os.waitpid(-1, 0)[1])
+"""
+
+
+def test_a_forked_process_has_threads_of_its_own_and_ends() -> None:
+    """Forked between calls and during one; a child that waits for threads it has not never ends."""
+    assert subprocess.run([sys.executable, "-c", FORKS], timeout=60).returncode == 0

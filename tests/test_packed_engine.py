@@ -16,7 +16,7 @@ from tenfold import compiled
 from tenfold.checkpoint import load_model, save_model
 from tenfold.checkpoint.pack.packing import pack
 from tenfold.config import ModelConfig
-from tenfold.engine.llm import Generation
+from tenfold.engine.llm import Generation, generate_tokens
 from tenfold.engine.loading import load_model_and_tokenizer
 from tenfold.engine.packed import PIECE, PackedRunner
 from tenfold.errors import TenfoldError
@@ -82,6 +82,17 @@ def test_every_instruction_set_says_the_same(isa: str, monkeypatch: pytest.Monke
     assert errors(stepwise(PackedRunner(model, 2, 40), ids_BS, 35), wanted).max() < 0.02
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@torch.inference_mode()
+def test_attention_over_many_blocks(window: int | None) -> None:
+    """More positions than one block of the cache, more heads to a key head than one tile."""
+    heads = {"num_attention_heads": 34, "num_key_value_heads": 2, "head_dim": 10, "attention_sinks": True}
+    model = build(DENSE | heads | {"sliding_window": window})
+    ids_BS = torch.randint(0, 97, (2, 140))
+    got = stepwise(PackedRunner(packed_of(model, "bf16", "bf16"), 2, 140), ids_BS, 100)
+    assert errors(got, model(ids_BS)[:, 99:]).max() < 0.02
+
+
 @torch.inference_mode()
 def test_a_prompt_in_pieces_and_a_batch_of_sequences() -> None:
     """A long prompt goes through the layers in pieces, and no sequence sees another."""
@@ -106,6 +117,56 @@ def test_q8_is_near_and_q4_not_far() -> None:
         for rest in ("q8", "q4")
     )
     assert q8 < 0.04 < q4 < 0.4
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 12])
+@torch.inference_mode()
+def test_latent_attention_has_windows_too(prompt: int) -> None:
+    latent = {
+        "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 8, "head_dim": 6,
+        "num_key_value_heads": 4, "qk_norm": "none", "sliding_window": 4,
+    }  # fmt: skip
+    model = build(DENSE | latent)
+    ids_BS = torch.randint(0, 97, (2, 20))
+    got = stepwise(PackedRunner(packed_of(model, "bf16", "bf16"), 2, 20), ids_BS, prompt)
+    assert errors(got, model(ids_BS)[:, prompt - 1 :]).max() < 0.02
+
+
+def damaged() -> PackedModel:
+    """Token 5 makes values that are infinite, token 0 values that are zero."""
+    model = build(DENSE)
+    for layer in model.layers:
+        layer.self_attn.v_proj.weight.data.fill_(1e38)
+    model.embed_tokens.weight.data[0], model.embed_tokens.weight.data[5] = 0, 1
+    return packed_of(model, "bf16", "bf16")
+
+
+def test_a_reset_leaves_nothing_behind() -> None:
+    runner = PackedRunner(damaged(), 1, 32)
+    assert not runner.forward(torch.full((1, 20), 5)).isfinite().any()
+    runner.reset()
+    assert runner.forward(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_no_token_is_made_of_what_is_no_number(temperature: float) -> None:
+    with pytest.raises(TenfoldError, match="logits are NaN or infinite"):
+        next(generate_tokens(damaged(), [5], SamplingParams(temperature=temperature)))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[3, 97]], "token id 97 is none of the model's, which are 0 to 96"),
+        ([[-1, 3]], "token id -1"),
+        ([[3], [4]], r"shape \(2, 1\) must be \(1, 1 or more\)"),
+        ([[]], r"shape \(1, 0\)"),
+    ],
+)
+def test_ids_that_are_no_tokens(ids: list[list[int]], message: str) -> None:
+    runner = PackedRunner(packed_of(build(DENSE), "q8", "q8"), 1, 20)
+    with pytest.raises(TenfoldError, match=message):
+        runner.forward(torch.tensor(ids, dtype=torch.long))
 
 
 def test_there_is_no_room_beyond_the_capacity() -> None:
@@ -158,9 +219,16 @@ def test_without_kernels_the_same_command_runs_through_torch(folder: Path) -> No
     assert json.loads(done.stdout)["finish_reason"] in ("length", "stop")
 
 
-def test_torchs_threads_are_given_back(folder: Path) -> None:
+def test_torchs_threads_are_the_callers_between_tokens(folder: Path) -> None:
+    """Also of two generations at once, which do not end in the order in which they began."""
     threads = torch.get_num_threads()
-    model, tokenizer = load_model_and_tokenizer(folder / "packed")
-    for _ in Generation(model, tokenizer, "the", SamplingParams(max_tokens=2, seed=0)):
-        pass
-    assert torch.get_num_threads() == threads
+    torch.set_num_threads(threads + 1)
+    try:
+        model, _ = load_model_and_tokenizer(folder / "packed")
+        assert isinstance(model, PackedModel)
+        first, second = (generate_tokens(model, [1], SamplingParams(max_tokens=2, seed=0)) for _ in range(2))
+        for generation in (first, second, first, second):
+            next(generation, None)
+            assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)

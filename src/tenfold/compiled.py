@@ -44,10 +44,13 @@ def isa() -> str | None:
 
 
 def default_threads() -> int:
-    """One a core that this process may use, or as many as OMP_NUM_THREADS says, as in torch."""
-    if (wanted := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(wanted) > 0:
-        return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """One a core that this process may use, or fewer if OMP_NUM_THREADS says so, as in torch.
+
+    Not more: threads that share a core wait for each other at every product.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(wanted), cores) if wanted.isdecimal() and int(wanted) > 0 else cores
 
 
 if _native is not None:

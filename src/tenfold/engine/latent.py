@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tenfold.config import ModelConfig
 from tenfold.engine.kv_cache import LayerKVCache
 from tenfold.kernels import native
+from tenfold.model.attend import visible
 from tenfold.model.attention import Place
 from tenfold.model.decoder_layer import DecoderLayer
 from tenfold.model.rope import rope_tables
@@ -29,7 +30,7 @@ class PackedLatentAttention:
     """x += attention(norm(x)) of one layer, with its cache of the latent."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Any], n: int, batch: int, capacity: int):
-        self._config, self._multiplier = config, config.residual_multiplier
+        self._config, self._window = config, config.window(n)
         with torch.device("meta"):
             layer = DecoderLayer(config, sparse=False)
         self._norm, self._attention = layer.input_layernorm, layer.self_attn
@@ -54,9 +55,12 @@ class PackedLatentAttention:
     def add_to(self, x_BSD: Tensor, start: int) -> None:
         """In place, for tokens at positions start, start + 1, …"""
         self._cache.length = start
-        cos, sin = rope_tables(self._config, torch.arange(start, start + x_BSD.shape[1]))
-        out_BSD = self._attention(self._norm(x_BSD), Place(cos, sin, None, None), self._cache)
-        x_BSD += out_BSD * self._multiplier
+        new = x_BSD.shape[1]
+        cos, sin = rope_tables(self._config, torch.arange(start, start + new))
+        mask = visible(new, start + new, self._window, None, x_BSD.device) if new > 1 else None
+        place = Place(cos, sin, mask, self._window if new == 1 else None)
+        out_BSD = self._attention(self._norm(x_BSD), place, self._cache)
+        x_BSD += out_BSD * self._config.residual_multiplier
 
 
 def _floats(tensor: Tensor | None) -> Tensor | None:

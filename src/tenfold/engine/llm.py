@@ -42,13 +42,14 @@ def generate_tokens(
     runner = new_runner(model, 1, len(prompt_ids) + wanted)
     sampler = Sampler(params)
     step = torch.tensor([list(prompt_ids)])
-    with one_torch_thread() if isinstance(model, PackedModel) else nullcontext():
-        for _ in range(wanted):
+    for _ in range(wanted):
+        # Not around the loop: what goes on between two tokens is the caller's, other generations included.
+        with one_torch_thread() if isinstance(model, PackedModel) else nullcontext():
             token = sampler(runner.forward(step)[0])
-            if token in config.eos_token_ids:
-                return
-            yield token
-            step = torch.tensor([[token]])
+        if token in config.eos_token_ids:
+            return
+        yield token
+        step = torch.tensor([[token]])
 
 
 def new_tokens(

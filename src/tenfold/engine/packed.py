@@ -1,5 +1,6 @@
 """Running a packed model: the prompt in pieces, then token by token, through the compiled kernels."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,26 +43,41 @@ class PackedRunner:
         self.length = 0
 
     def _new_cache(self) -> Tensor:
-        """Of keys or values; the layout within is the kernels' own."""
+        """Of keys or values, in the kernels' own layout. Numpy's zeros take memory only as they are used."""
         width = 0 if self.config.is_latent else -(-self.config.head_dim // BLOCK) * BLOCK
         shape = (self.batch, self.config.num_key_value_heads, self.capacity * width)
-        return torch.zeros(shape, dtype=torch.bfloat16)
+        return torch.from_numpy(np.zeros(shape, np.uint16)).view(torch.bfloat16)
 
     def reset(self) -> None:
-        """Forget all positions; what they left in the caches is never read again."""
+        """Forget all positions."""
         self.length = 0
+        for values in self._values:
+            values.zero_()  # those beyond the last position have no weight, but no weight times NaN is NaN
 
     @torch.inference_mode()
     def forward(self, ids_BS: Tensor) -> Tensor:
-        """Logits (B, V) after the last of the new tokens, which the caches then hold."""
-        if (length := self.length + ids_BS.shape[1]) > self.capacity:
-            raise TenfoldError(f"{length} positions are more than the {self.capacity} there is room for")
+        """Logits (B, V) after the last of the new tokens, which the caches then hold.
+
+        Raises TenfoldError for ids that are no tokens, and for more of them than there is room for.
+        """
+        self._check(ids_BS)
         x_BSD = torch.empty(0)
         for piece_BS in ids_BS.split(max(1, PIECE // self.batch), dim=1):
             x_BSD = self._attended(piece_BS)
         x_BD = x_BSD[:, -1].contiguous()
         self._native.layers[-1].feed_forward(x_BD.data_ptr(), self.batch)
         return self._logits(x_BD)
+
+    def _check(self, ids_BS: Tensor) -> None:
+        """The kernels trust what they are given."""
+        if ids_BS.ndim != 2 or len(ids_BS) != self.batch or not ids_BS.numel():
+            raise TenfoldError(f"token ids of shape {tuple(ids_BS.shape)} must be ({self.batch}, 1 or more)")
+        least, most = ids_BS.aminmax()
+        if least < 0 or most >= self.config.vocab_size:
+            wrong, last = int(least if least < 0 else most), self.config.vocab_size - 1
+            raise TenfoldError(f"token id {wrong} is none of the model's, which are 0 to {last}")
+        if (length := self.length + ids_BS.shape[1]) > self.capacity:
+            raise TenfoldError(f"{length} positions are more than the {self.capacity} there is room for")
 
     def _attended(self, ids_BS: Tensor) -> Tensor:
         """All layers but for the last one's feed-forward, which only tokens that predict need."""

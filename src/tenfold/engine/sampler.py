@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tenfold.errors import TenfoldError
 from tenfold.sampling import SamplingParams
 
 
@@ -18,6 +19,11 @@ class Sampler:
             self.generator.manual_seed(params.seed)
 
     def __call__(self, logits_V: Tensor) -> int:
+        """A token. Raises TenfoldError for logits that are NaN or infinite: any would look plausible."""
+        if not logits_V.max().isfinite():
+            raise TenfoldError(
+                "the model's logits are NaN or infinite: its weights are damaged, or too large"
+            )
         if self.params.temperature == 0:
             return int(logits_V.argmax())
         probs_V = self.probabilities(logits_V.float().cpu())

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.checkpoint.pack.record import record_bytes
 from tenfold.compiled import module
 from tenfold.errors import TenfoldError
 from tenfold.packed import PackedExperts, PackedMatrix
-from tenfold.panels import FORMATS
+from tenfold.panels import FORMATS, matrix_bytes
 
 
 def linear(matrix: PackedMatrix, x_TK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -53,6 +54,7 @@ def experts(
 def new_linear(matrix: PackedMatrix, bias_N: Tensor | None = None) -> Any:
     """The compiled form of a matrix; it holds addresses, so both tensors must outlive it."""
     form = FORMATS.index(matrix.format)
+    _check_bytes(matrix.panels, matrix_bytes(matrix.format, matrix.rows, matrix.columns))
     return module().Linear(matrix.panels.data_ptr(), form, matrix.rows, matrix.columns, address(bias_N))
 
 
@@ -60,6 +62,8 @@ def new_experts(
     packed: PackedExperts, activation: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
 ) -> Any:
     """The compiled form of a layer's experts; it holds addresses, so the tensors must outlive it."""
+    size = record_bytes(packed.format, packed.hidden_size, packed.width)
+    _check_bytes(packed.records.view(-1), len(packed.records) * size)
     return module().Experts(
         packed.records.data_ptr(),
         packed.records.shape[1],
@@ -79,6 +83,10 @@ def address(tensor: Tensor | None) -> int:
         return 0
     assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
     return tensor.data_ptr()
+
+
+def _check_bytes(packed: Tensor, size: int) -> None:
+    assert packed.dtype == torch.uint8 and packed.shape == (size,) and packed.is_contiguous()
 
 
 def _floats(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
