@@ -330,6 +330,15 @@ def test_interrupted_and_resumed(
     assert not list(source.parent.glob(".*"))
 
 
+def test_ctrl_c_says_how_to_go_on(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_at_write(monkeypatch, 20, KeyboardInterrupt())
+    status, out, err = run(capsys, "pack", source, "-o", source.with_name("packed"), "--json")
+    assert status == 130 and out == ""
+    assert err.splitlines()[-1].startswith("tenfold: interrupted; what is done is kept in")
+
+
 def test_nothing_is_left_where_nothing_was_done(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at_write(monkeypatch, 1, FULL)
     with pytest.raises(TenfoldError, match=r"cannot be written \(No space left on device\)$"):
