@@ -48,21 +48,25 @@ public:
         const size_t bytes = panel_bytes(layer_.format, layer_.hidden);
         const Rounded tiles(pool_, kernels_, layer_.format, x, layer_.hidden, routing_.token_of, routing_.first);
         Buffer out = floats(routing_.token_of.size() * F);
-        each_panel(pairs, [&](int group, int p) {
+        const auto gate_at = [&](size_t item) {
+            return layer_.record(routing_.active[item / pairs]) + 2 * (item % pairs) * bytes;
+        };
+        const auto up_at = [&](size_t item) { return gate_at(item) + bytes; };
+        each_panel(pairs, [&](size_t item, size_t end) {
             alignas(64) float gate[MAX_TOKENS * ROWS], up[MAX_TOKENS * ROWS], product[MAX_TOKENS * ROWS];
+            const int group = static_cast<int>(item / pairs), p = static_cast<int>(item % pairs);
             const int expert = routing_.active[group];
-            const uint8_t* panel = layer_.record(expert) + 2 * p * bytes;
             const float* bias = layer_.gate_up_bias;
             if (bias) bias += static_cast<size_t>(expert) * 2 * F;
             const int row = p * ROWS, rows = std::min(ROWS, F - row);
             const int first = tiles.group_first(group), count = tiles.group_first(group + 1) - first;
             for (int i = first; i < first + count; i++) {
                 const Tile tile = tiles.tile(i);
-                const auto ahead = [&](const uint8_t* from) {
-                    return ahead_of(from, layer_.format, blocks, 2 * bytes, i - first, count);
+                const auto ahead = [&](const auto& panel_at) {
+                    return ahead_of(panel_at, item, end, 2 * bytes, layer_.format, blocks, i - first, count);
                 };
-                dot_(panel, blocks, tile, ahead(panel), gate);
-                dot_(panel + bytes, blocks, tile, ahead(panel + bytes), up);
+                dot_(gate_at(item), blocks, tile, ahead(gate_at), gate);
+                dot_(up_at(item), blocks, tile, ahead(up_at), up);
                 if (bias) {
                     add_bias(gate, tile.tokens, bias + row, rows);
                     add_bias(up, tile.tokens, bias + F + row, rows);
@@ -83,15 +87,21 @@ public:
         std::iota(all.begin(), all.end(), 0);
         const Rounded tiles(pool_, kernels_, layer_.format, hidden, F, all, routing_.first);
         Buffer out = floats(all.size() * D);
-        each_panel(panels_of(D), [&](int group, int p) {
+        const int panels = panels_of(D);
+        const auto down_at = [&](size_t item) {
+            return layer_.record(routing_.active[item / panels]) + skip + (item % panels) * bytes;
+        };
+        each_panel(panels, [&](size_t item, size_t end) {
             alignas(64) float part[MAX_TOKENS * ROWS];
+            const int group = static_cast<int>(item / panels), p = static_cast<int>(item % panels);
             const int expert = routing_.active[group];
-            const uint8_t* panel = layer_.record(expert) + skip + p * bytes;
             const int row = p * ROWS, rows = std::min(ROWS, D - row);
             const int first = tiles.group_first(group), count = tiles.group_first(group + 1) - first;
             for (int i = first; i < first + count; i++) {
                 const Tile tile = tiles.tile(i);
-                dot_(panel, blocks, tile, ahead_of(panel, layer_.format, blocks, bytes, i - first, count), part);
+                const Ahead ahead =
+                    ahead_of(down_at, item, end, bytes, layer_.format, blocks, i - first, count);
+                dot_(down_at(item), blocks, tile, ahead, part);
                 if (layer_.down_bias)
                     add_bias(part, tile.tokens, layer_.down_bias + static_cast<size_t>(expert) * D + row, rows);
                 for (int t = 0; t < tile.tokens; t++)
@@ -115,13 +125,13 @@ public:
     }
 
 private:
-    // Runs work(group, panel) for all active experts, a thread's share lying together in memory.
+    // Runs work(item, end) for `panels` items of each active expert, those of one before those of the next; a
+    // thread's items end at `end`.
     template <class Work>
     void each_panel(int panels, const Work& work) const {
         const size_t items = routing_.active.size() * panels;
         pool_.run(items, 1, [&](size_t begin, size_t end) {
-            for (size_t item = begin; item < end; item++)
-                work(static_cast<int>(item / panels), static_cast<int>(item % panels));
+            for (size_t item = begin; item < end; item++) work(item, end);
         });
     }
 

@@ -66,15 +66,6 @@ void Rounded::round(Pool& pool, const Kernels& kernels, const float* x, const in
     });
 }
 
-constexpr size_t FAR = 24 << 10;  // bytes, more than memory delivers in the time of its own latency
-
-Ahead ahead_of(const uint8_t* panel, Format format, int blocks, size_t stride, int index, int count) {
-    const int lines = static_cast<int>(code_bytes(format) / 64);
-    if (count == 1) return {panel + FAR, lines};
-    const int share = (lines + count - 1) / count;
-    return {panel + stride + static_cast<size_t>(index) * blocks * share * 64, share};
-}
-
 Tile Rounded::tile(int index) const {
     const size_t block = static_cast<size_t>(starts_[index]) * blocks_;
     const int tokens = starts_[index + 1] - starts_[index];
@@ -117,19 +108,24 @@ void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& prod
     }
     pool.run(first.back(), 1, [&](size_t begin, size_t end) {
         alignas(64) float out[MAX_TOKENS * ROWS];
-        size_t which = 0;
+        const auto product_of = [&](size_t item) {
+            return static_cast<size_t>(std::upper_bound(first.begin(), first.end(), item) - first.begin()) - 1;
+        };
+        const auto panel_at = [&](size_t item) {
+            const size_t which = product_of(item);
+            return products[which].matrix.panel(static_cast<int>(item - first[which]));
+        };
         for (size_t item = begin; item < end; item++) {
-            while (item >= first[which + 1]) which++;
-            const auto& [matrix, bias, y] = products[which];
+            const auto& [matrix, bias, y] = products[product_of(item)];
             const Rounded& tiles = rounded[of_format[matrix.format == Format::bf16]];
-            const int p = static_cast<int>(item - first[which]);
-            const int row = p * ROWS, rows = std::min(ROWS, matrix.rows - row);
+            const int blocks = blocks_of(matrix.columns);
+            const size_t bytes = panel_bytes(matrix.format, matrix.columns);
+            const int row = static_cast<int>(item - first[product_of(item)]) * ROWS;
+            const int rows = std::min(ROWS, matrix.rows - row);
             for (int i = 0; i < tiles.tiles(); i++) {
                 const Tile tile = tiles.tile(i);
-                const int blocks = blocks_of(matrix.columns);
-                const Ahead ahead = ahead_of(matrix.panel(p), matrix.format, blocks,
-                                             panel_bytes(matrix.format, matrix.columns), i, tiles.tiles());
-                kernels.dot[static_cast<int>(matrix.format)](matrix.panel(p), blocks, tile, ahead, out);
+                const Ahead ahead = ahead_of(panel_at, item, end, bytes, matrix.format, blocks, i, tiles.tiles());
+                kernels.dot[static_cast<int>(matrix.format)](panel_at(item), blocks, tile, ahead, out);
                 for (int t = 0; t < tile.tokens; t++) {
                     float* to = y + static_cast<size_t>(tiles.start(i) + t) * matrix.rows + row;
                     for (int r = 0; r < rows; r++) to[r] = out[t * ROWS + r] + (bias ? bias[row + r] : 0);

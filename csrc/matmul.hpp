@@ -46,9 +46,21 @@ private:
     std::vector<uint16_t> bf16_;
 };
 
-// What to fetch while tile `index` of `count` meets a panel: with one tile, what comes some way behind the
-// block at hand; with several, the panel that comes `stride` bytes on, a part with each tile.
-Ahead ahead_of(const uint8_t* panel, Format format, int blocks, size_t stride, int index, int count);
+constexpr size_t FAR = 24 << 10;  // bytes, more than memory delivers in the time of its own latency
+
+// What to fetch while tile `index` of `count` meets the panel of an item, for a thread whose items end at
+// `end`. With one tile that is what comes FAR later in its work; with several, the next item's panel, a part
+// with each tile. `panel_at(item)` is a panel's address, `item_bytes` the bytes that one item reads.
+template <class PanelAt>
+Ahead ahead_of(const PanelAt& panel_at, size_t item, size_t end, size_t item_bytes, Format format, int blocks,
+               int index, int count) {
+    const int lines = static_cast<int>(code_bytes(format) / 64);
+    if (count == 1 && item_bytes > 2 * FAR) return {panel_at(item) + FAR, lines};
+    const size_t next = item + (count == 1 ? (FAR + item_bytes - 1) / item_bytes : 1);
+    if (next >= end) return {};
+    const int share = (lines + count - 1) / count;
+    return {panel_at(next) + static_cast<size_t>(index) * blocks * share * 64, share};
+}
 
 struct Product {
     Matrix matrix;
