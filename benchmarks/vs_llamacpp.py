@@ -23,6 +23,9 @@ from llama import LlamaRunner
 from olmoe_gguf import write_olmoe
 from perplexity import perplexity_rows
 
+from tenfold import compiled
+from tenfold.bench.ceilings import READ_BYTES
+from tenfold.bench.reading import Reading
 from tenfold.bench.speed import one_round, random_ids
 from tenfold.bench.subject import cut
 from tenfold.bench.threads import use_threads
@@ -74,8 +77,9 @@ class Bench:
                 speeds[name].append(batch * tokens_done / seconds)
         return {name: statistics.median(found[1:]) for name, found in speeds.items()}
 
-    def against_llama(self, ours: str, theirs: str, kind: Kind, batch: int, target: float) -> Row:
-        """tenfold with all matrices in `ours` against llama.cpp in `theirs`."""
+    def against_llama(self, ours: str, theirs: str, kind: Kind, batch: int, target: float) -> Iterator[Row]:
+        """tenfold with all matrices in `ours` against llama.cpp in `theirs`; one sequence that is decoded
+        against the memory too, whose speed is measured right after."""
         capacity = LONG + 1 if kind == "prefill" else SHORT + DECODED
         peer = LlamaRunner(self.gguf(theirs), batch, capacity, self.threads)
         model = random_packed(self.config, Packing.model_validate({"experts": ours, "rest": ours}))
@@ -83,7 +87,11 @@ class Bench:
         speed = self.race(sides, kind, batch, self.config.vocab_size)
         peer.close()
         what = f"{kind}, {batch} sequences" if batch > 1 else kind
-        return row(f"{what}: {ours} against {theirs}", speed["ours"], speed["peer"], target)
+        yield row(f"{what}: {ours} against {theirs}", speed["ours"], speed["peer"], target)
+        if what == "decode":
+            read = speed["ours"] * Reading.of(self.config, model.weights, batch).bytes_per_step
+            limit = compiled.module().read_bandwidth(self.threads, READ_BYTES)
+            yield row(f"decode: {ours} weights against memory read", read / 1e9, limit / 1e9, 0.9, "GB/s")
 
 
 def row(name: str, ours: float, peer: float | None, target: float | None, unit: str = "tok/s") -> Row:
@@ -92,17 +100,17 @@ def row(name: str, ours: float, peer: float | None, target: float | None, unit: 
 
 
 def decode(bench: Bench) -> Iterator[Row]:
-    yield bench.against_llama("q4", "Q4_0", "decode", 1, 1.0)
-    yield bench.against_llama("q8", "Q8_0", "decode", 1, 1.0)
+    yield from bench.against_llama("q4", "Q4_0", "decode", 1, 1.0)
+    yield from bench.against_llama("q8", "Q8_0", "decode", 1, 1.0)
 
 
 def prefill(bench: Bench) -> Iterator[Row]:
-    yield bench.against_llama("q4", "Q4_0", "prefill", 1, 2.3)
+    yield from bench.against_llama("q4", "Q4_0", "prefill", 1, 2.3)
 
 
 def batches(bench: Bench) -> Iterator[Row]:
-    yield bench.against_llama("q4", "Q4_0", "decode", 8, 1.5)
-    yield bench.against_llama("q4", "Q4_0", "decode", 16, 2.2)
+    yield from bench.against_llama("q4", "Q4_0", "decode", 8, 1.5)
+    yield from bench.against_llama("q4", "Q4_0", "decode", 16, 2.2)
 
 
 class TransformersRunner:

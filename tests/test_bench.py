@@ -13,7 +13,7 @@ from tenfold import compiled
 from tenfold.bench.model import prefill_ops
 from tenfold.bench.reading import Reading, expected_experts
 from tenfold.bench.settings import BenchSettings
-from tenfold.bench.subject import cut
+from tenfold.bench.subject import cut, formats
 from tenfold.checkpoint import save_model
 from tenfold.checkpoint.pack.record import down_offset
 from tenfold.config import ModelConfig
@@ -56,6 +56,8 @@ MODEL = {
     "peak_memory_bytes",
     "decode_fraction_of_bandwidth",
     "prefill_fraction_of_int8_peak",
+    "prefill_fraction_of_bf16_peak",
+    "prefill_fraction_of_fp32_peak",
     "python_overhead_fraction",
 }
 QUICK = ("--prompt-tokens", 8, "--tokens", 2, "--threads", 1)
@@ -111,7 +113,7 @@ def test_a_float_model_is_measured_with_torch(saved: Path, capsys: pytest.Captur
         read / found["read_bandwidth_bytes_per_second"]
     )
     status, out, _ = run(capsys, "bench", saved, *QUICK)
-    assert status == 0 and "memory read" in out and "torch kernels" in out
+    assert status == 0 and "memory read" in out and "torch kernels" in out and "% of fp32" in out
 
 
 @native
@@ -155,6 +157,7 @@ BAD = [
     (("--shape", "demo", "--experts", "q5"), "q5"),
     (("--shape", "demo", "--batch", 0), "batch"),
     (("--shape", "demo", "--threads", 0), "threads"),
+    (("--threads", 4096), "cores that this process may use"),
     (("--shape", "demo", "--prompt-tokens", 10**6), "max_position_embeddings"),
     (("--shape", "deepseek-v3"), "GiB of memory"),
     (("--shape", "demo", "--batch", 4096), "GiB of memory"),
@@ -226,6 +229,14 @@ def test_bytes_are_counted_once(tied: bool, batch: int) -> None:
     touched = expected_experts(6, 2, batch)
     expected = others + experts * touched / 6 + embedding * batch / 300
     assert Reading.of(config, model.weights, batch).bytes_per_step == pytest.approx(expected, abs=1)
+
+
+def test_a_tied_embedding_is_not_the_rest() -> None:
+    """It stays at q8, whatever the other matrices are in."""
+    model = random_packed(CONFIG.model_copy(update={"tie_word_embeddings": True}), Packing(rest="q4"))
+    embedding = model.weights["embed_tokens.weight"]
+    assert isinstance(embedding, PackedMatrix) and embedding.format == "q8"
+    assert formats(model.weights) == {"experts": "q4", "rest": "q4"}
 
 
 def test_expected_experts_are_those_of_random_choices() -> None:

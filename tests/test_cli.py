@@ -108,6 +108,17 @@ def test_bad_input_is_one_line_and_status_2(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("words", ["", "interrupted; run it again"])
+def test_ctrl_c_ends_with_a_line_and_status_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt(*[words] * bool(words))
+
+    monkeypatch.setattr("tenfold.inspection.inspect", interrupted)
+    assert run(capsys, "inspect", "demo") == (130, "", f"tenfold: {words or 'interrupted'}\n")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"", "empty"), (b"\x00\x01\x02", "NUL"), (b"too short", "give more")],

@@ -26,7 +26,9 @@ from torch import Tensor
 from tenfold.checkpoint import load_config, load_model, save_model
 from tenfold.checkpoint.pack import shard
 from tenfold.checkpoint.pack.calibrate import ENOUGH, importance
+from tenfold.checkpoint.pack.folder import growing_folder
 from tenfold.checkpoint.pack.packing import pack
+from tenfold.checkpoint.pack.unpack import unpack
 from tenfold.checkpoint.pack.verify import verify
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
@@ -328,6 +330,15 @@ def test_interrupted_and_resumed(
     assert not list(source.parent.glob(".*"))
 
 
+def test_ctrl_c_says_how_to_go_on(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_at_write(monkeypatch, 20, KeyboardInterrupt())
+    status, out, err = run(capsys, "pack", source, "-o", source.with_name("packed"), "--json")
+    assert status == 130 and out == ""
+    assert err.splitlines()[-1].startswith("tenfold: interrupted; what is done is kept in")
+
+
 def test_nothing_is_left_where_nothing_was_done(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at_write(monkeypatch, 1, FULL)
     with pytest.raises(TenfoldError, match=r"cannot be written \(No space left on device\)$"):
@@ -352,7 +363,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tenfold.checkpoint.pack import shard
-from tenfold.checkpoint.pack.calibrate import ENOUGH, importance
 from tenfold.checkpoint.pack.packing import pack
 from tenfold.formats import Packing
 make, count = shard._padded, [0]
@@ -527,8 +537,7 @@ def test_importance_is_the_mean_squared_input() -> None:
 
 
 def test_calibration_rounds_with_care_what_the_text_uses(source: Path) -> None:
-    text = source.with_name("text.txt")
-    text.write_text(" ".join(f"w{number % 30 + 1}" for number in range(3000)))
+    text = words_in(source.with_name("text.txt"), 3000)
     pack(source, source.with_name("plain"), Packing(experts="q4", rest="q4"))
     pack(source, source.with_name("careful"), Packing(experts="q4", rest="q4"), text)
     model = load_model(source)
@@ -542,6 +551,68 @@ def test_calibration_rounds_with_care_what_the_text_uses(source: Path) -> None:
         errors[name] = [sum(float(e.sum()) for n, e in squares.items() if n.endswith(kind)) for kind in kinds]
     for careful, plain in zip(errors["careful"], errors["plain"], strict=True):
         assert careful < 0.97 * plain, errors
+
+
+def words_in(path: Path, count: int) -> Path:
+    path.write_text(" ".join(f"w{number % 30 + 1}" for number in range(count)))
+    return path
+
+
+def test_columns_that_the_text_never_uses_are_rounded_as_well(tmp_path: Path) -> None:
+    """A whole block of them, and a whole layer: what never counted is no excuse for any scale."""
+    model = build({**SMALL, "hidden_size": 64, "head_dim": 16})
+    with torch.no_grad():
+        model.layers[0].input_layernorm.weight[:32] = 0
+        model.layers[2].input_layernorm.weight[:] = 0
+    save_model(model, tmp_path / "m", word_tokenizer())
+    packing = Packing(experts="q4", rest="q4")
+    pack(tmp_path / "m", tmp_path / "plain", packing)
+    pack(tmp_path / "m", tmp_path / "careful", packing, words_in(tmp_path / "text.txt", 300))
+    plain, careful = (load_model(tmp_path / name).state_dict() for name in ("plain", "careful"))
+    for name, unused in (("layers.0.self_attn.q_proj.weight", 32), ("layers.2.self_attn.k_proj.weight", 64)):
+        assert torch.equal(plain[name][:, :unused], careful[name][:, :unused])
+
+
+def test_one_word_is_enough_to_calibrate_with(source: Path) -> None:
+    pack(source, source.with_name("packed"), Packing(), words_in(source.with_name("text.txt"), 1))
+    verify(source.with_name("packed"))
+
+
+def test_a_model_that_overflows_is_not_calibrated(source: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][:] = 1e38
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TenfoldError, match=r"q_proj.weight overflow, or are NaN, while the model reads"):
+        pack(source, source.with_name("packed"), Packing(), words_in(source.with_name("text.txt"), 9))
+
+
+def test_two_at_once_do_not_share_a_folder(source: Path) -> None:
+    out, folder = source.with_name("packed"), source.with_name(".packed.packing")
+    with growing_folder(out, {}):
+        with pytest.raises(TenfoldError, match=r"\.packed\.packing is being filled by another"):
+            pack(source, out, Packing())
+        assert folder.exists() and not out.exists()
+
+
+def test_what_needs_the_whole_model_says_what_memory_lacks(
+    source: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tenfold.memory.available_bytes", lambda: 0)
+    text = words_in(source.with_name("text.txt"), 9)
+    with pytest.raises(TenfoldError, match=r"of memory, .* are free: pack it without --calibrate"):
+        pack(source, source.with_name("again"), Packing(), text)
+    with pytest.raises(TenfoldError, match=r"packed in torch.bfloat16 needs .* are free: unpack it where"):
+        unpack(packed, source.with_name("plain"), torch.bfloat16)
+
+
+def test_weights_beyond_float16_are_not_unpacked_to_infinity(source: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = 1e5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    pack(source, source.with_name("packed"), Packing())
+    with pytest.raises(TenfoldError, match=r"layers.1.mlp.down.weight holds numbers that torch.float16 does"):
+        unpack(source.with_name("packed"), source.with_name("plain"), torch.float16)
+    assert not source.with_name("plain").exists()
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ app = App(
     help="Sparse (Mixture-of-Experts) language models, from training to running, with an honest meter.",
     version_flags=[],
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 
 Flat = Parameter(name="*")
@@ -373,7 +374,7 @@ def main() -> None:
         print(f"tenfold: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print(f"tenfold: {error or 'interrupted'}", file=sys.stderr)
+        print(f"tenfold: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
 
 

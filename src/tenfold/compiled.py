@@ -43,14 +43,15 @@ def isa() -> str | None:
         raise TenfoldError(str(error)) from None
 
 
-def default_threads() -> int:
-    """One a core that this process may use, or fewer if OMP_NUM_THREADS says so, as in torch.
+def cores() -> int:
+    """That this process may use. More threads than those would wait for each other at every product."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Not more: threads that share a core wait for each other at every product.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def default_threads() -> int:
+    """One a core, or fewer if OMP_NUM_THREADS says so, as in torch."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(wanted), cores) if wanted.isdecimal() and int(wanted) > 0 else cores
+    return min(int(wanted), cores()) if wanted.isdecimal() and int(wanted) > 0 else cores()
 
 
 if _native is not None:

@@ -84,7 +84,7 @@ def _uncached_read(file: Path) -> float:
     size = min(file.stat().st_size, DISK_BYTES)
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
         with ThreadPoolExecutor(DISK_READERS) as readers:
             start = time.perf_counter()
             parts = readers.map(lambda at: len(os.pread(descriptor, CHUNK, at)), range(0, size, CHUNK))

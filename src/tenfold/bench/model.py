@@ -1,19 +1,23 @@
 """A model's own figures: how fast it is, what it reads, and how near that comes to the ceilings."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from tenfold.bench import subject
+from tenfold.bench.ceilings import KINDS
 from tenfold.bench.reading import Reading
 from tenfold.bench.settings import BenchSettings
 from tenfold.bench.speed import measure
 from tenfold.config import ModelConfig
+from tenfold.device import one_torch_thread
 from tenfold.memory import peak_memory_bytes
 
 
 def measure_model(model: str | None, settings: BenchSettings) -> dict[str, Any]:
     """Of a model on disk, or of the shape that the settings name. Nothing of the model stays in memory."""
     found = subject.random(settings) if model is None else subject.load(model, settings)
-    speed = measure(found.runner, found.config.vocab_size, settings)
+    with one_torch_thread() if found.backend == "native" else nullcontext():  # as `generate` runs it
+        speed = measure(found.runner, found.config.vocab_size, settings)
     reading = Reading.of(found.config, found.weights, settings.batch)
     return {
         "model": model or settings.shape,
@@ -48,7 +52,7 @@ def with_fractions(measured: dict[str, Any]) -> dict[str, Any]:
         return measured
     read = measured["decode_tokens_per_second"] * measured["weight_bytes_per_token"]
     fractions = {"decode_fraction_of_bandwidth": read / measured["read_bandwidth_bytes_per_second"]}
-    for kind, ceiling in (("int8", "int8_ops_per_second"), ("bf16", "bf16_flops_per_second")):
+    for ceiling, kind in KINDS.items():
         peak, reached = measured[ceiling], measured["prefill_ops_per_second"]
         fractions[f"prefill_fraction_of_{kind}_peak"] = reached / peak if peak else None
     return measured | fractions

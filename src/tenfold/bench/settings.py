@@ -23,7 +23,7 @@ class BenchSettings(BaseModel):
     tokens: int = Field(64, gt=0, description="tokens to decode after it")
     batch: int = Field(1, gt=0, le=4096, description="sequences at once")
     threads: int | None = Field(
-        None, gt=0, le=4096, description="threads to compute with; by default all there are"
+        None, gt=0, description="threads to compute with; by default one a core, or OMP_NUM_THREADS"
     )
 
     def check(self, model: str | None) -> None:

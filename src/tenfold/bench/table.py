@@ -36,7 +36,8 @@ def _model(found: dict[str, Any]) -> Table:
     formats = ", ".join(f"{part} {form}" for part, form in found["formats"].items())
     title = f"{found['model']}: {found['num_hidden_layers']} layers, {formats}, {found['backend']} kernels"
     table = _table(title, f"batch {found['batch']}", "", "of the ceiling")
-    kind = "bf16" if found["formats"].get("experts", found["formats"]["rest"]) == "bf16" else "int8"
+    form = found["formats"].get("experts", found["formats"]["rest"])
+    kind = {"bf16": "bf16", "float32": "fp32"}.get(form, "int8")
     speeds = {
         "decode": ("decode_fraction_of_bandwidth", "memory read"),
         "prefill": (f"prefill_fraction_of_{kind}_peak", kind),

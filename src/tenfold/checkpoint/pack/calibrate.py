@@ -9,11 +9,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
+from tenfold.checkpoint import load_config
 from tenfold.checkpoint.store import load_model
 from tenfold.errors import TenfoldError
 from tenfold.kernels import ACTIVATIONS
+from tenfold.memory import check_fits
 from tenfold.model.moe import Experts
 from tenfold.model.transformer import Transformer
 from tenfold.tokenizer import load_tokenizer
@@ -23,6 +26,9 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 MAX_TOKENS, WINDOW = 4096, 512
 ENOUGH = 32
 """Tokens from which an expert's own mean is taken; one that saw fewer has its layer's."""
+FLOOR, SMALLEST = 1e-3, 1e-30
+"""What a column counts at least: that share of the mean over columns, and a number whose square root is no
+denormal. The text is a sample, and where nothing counted, any rounding would seem the best."""
 MAX_CHARACTERS = 1 << 20
 """Of the text, more than any tokenizer makes `MAX_TOKENS` of."""
 
@@ -42,13 +48,19 @@ def read_text(file: Path) -> str:
 
 
 def calibrate(path: Path, text: str) -> dict[str, Tensor]:
-    """`importance` to the model at `path`, loaded whole in bf16, from the first `MAX_TOKENS` of `text`."""
+    """`importance` to the model at `path`, loaded whole in bf16, from the first `MAX_TOKENS` of `text`.
+
+    Raises TenfoldError where the model does not fit the memory, or its tokenizer does not fit the model.
+    """
+    config = load_config(path)
+    check_fits(2 * config.num_params(), f"{path} in bfloat16", "pack it without --calibrate")
     tokens = load_tokenizer(path).encode(text)[:MAX_TOKENS]
-    model = load_model(path, torch.bfloat16)
-    assert isinstance(model, Transformer)
-    if not tokens or max(tokens) >= model.config.vocab_size:
+    if not tokens or max(tokens) >= config.vocab_size:
         raise TenfoldError(f"{path}: its tokenizer makes no tokens of this model out of the calibration text")
-    return importance(model, torch.tensor(tokens))
+    with Console(stderr=True).status("reading the calibration text"):
+        model = load_model(path, torch.bfloat16)
+        assert isinstance(model, Transformer)
+        return importance(model, torch.tensor(tokens))
 
 
 @torch.inference_mode()
@@ -56,7 +68,7 @@ def importance(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
     """Mean squared inputs in float32 by the name of our tensor: (K,) of a matrix, (E, K) of stacked experts.
 
     `tokens` (T,) are read in windows of `WINDOW`. What goes into an expert's down projection is counted
-    with the weight that the router gives it.
+    with the weight that the router gives it. Raises TenfoldError where an input is NaN or infinite.
     """
     meter = _Meter()
     for name, module in model.named_modules():
@@ -106,7 +118,7 @@ class _Meter:
         self.tokens[name] = self.tokens.get(name, 0) + tokens
 
     def means(self) -> dict[str, Tensor]:
-        return {name: _mean(squares, self.tokens[name]) for name, squares in self.sums.items()}
+        return {name: _floored(name, _mean(s, self.tokens[name])) for name, s in self.sums.items()}
 
 
 def _mean(squares: Tensor, tokens: Tensor) -> Tensor:
@@ -116,6 +128,17 @@ def _mean(squares: Tensor, tokens: Tensor) -> Tensor:
     of_layer = squares.sum(0) / tokens.sum()
     few = (tokens < ENOUGH)[:, None]
     return torch.where(few, of_layer, squares / tokens.clamp(min=1)[:, None])
+
+
+def _floored(name: str, mean_K: Tensor) -> Tensor:
+    """Each row with `FLOOR` of its mean as the least."""
+    floored = torch.maximum(mean_K, FLOOR * mean_K.mean(-1, keepdim=True)).clamp(min=SMALLEST)
+    if not bool(floored.isfinite().all()):
+        raise TenfoldError(
+            f"the inputs of {name} overflow, or are NaN, while the model reads the calibration text:"
+            " pack it without --calibrate"
+        )
+    return floored
 
 
 def _hidden(experts: Experts, expert: int, x_TD: Tensor) -> Tensor:

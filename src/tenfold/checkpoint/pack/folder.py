@@ -1,5 +1,7 @@
 """The folder in which a packed model grows: hidden beside its place, resumable, renamed once whole."""
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,21 +19,40 @@ def growing_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
     """The folder to fill, which is renamed to `out` when the block ends well.
 
     It stays where the block fails after a whole file, for the same `identity` to go on with, and the
-    error then says so. Raises TenfoldError if `out` is there, or if the unfinished folder has another
-    identity, naming the first field that differs.
+    error then says so. Raises TenfoldError if `out` is there, if another process is filling the folder, or
+    if it has another identity, naming the first field that differs.
     """
     refuse_existing(out)
     out = out.absolute()
     folder = out.with_name(f".{out.name}.packing")
     with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
-        _begin(folder, identity)
-    try:
-        yield folder
-        folder.rename(out)
-    except (Exception, KeyboardInterrupt) as error:
-        _explain(error, out, folder)
+    with _alone(folder):
+        with writing(out):
+            _begin(folder, identity)
+        try:
+            yield folder
+            folder.rename(out)
+        except (Exception, KeyboardInterrupt) as error:
+            _explain(error, out, folder)
     (out / STATE).unlink()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two that wrote to the same files would damage them unseen."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise TenfoldError(f"{folder} is being filled by another `tenfold pack`: wait for it") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _begin(folder: Path, identity: dict[str, Any]) -> None:

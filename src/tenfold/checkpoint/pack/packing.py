@@ -83,7 +83,7 @@ def _identity(path: Path, checkpoint: Checkpoint, packing: Packing, text: str) -
     return {
         "source": str(path.resolve()),
         **packing.to_hf(),
-        "calibration text": hashlib.sha256(text.encode()).hexdigest() if text else "none",
+        "calibration text": hashlib.sha256(text.encode()).hexdigest()[:12] if text else "none",
         "source_files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
     }
 
