@@ -77,6 +77,17 @@ def test_linear_is_the_product_of_what_is_packed(
             del os.environ["TENFOLD_ISA"]
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (33, 70)])
+def test_rows_are_those_of_the_matrix(form: str, rows: int, columns: int) -> None:
+    torch.manual_seed(0)
+    matrix = packed_matrix(torch.randn(rows, columns) * torch.logspace(-2, 2, rows)[:, None], form)
+    ids = torch.arange(rows, dtype=torch.int32).flip(0)
+    out = torch.empty(rows, columns)
+    native.new_linear(matrix).rows(ids.data_ptr(), rows, out.data_ptr())
+    assert out.double().equal(dequantised(matrix).flip(0))
+
+
 EXTREMES = {
     "zeros": lambda x: x * 0,
     "denormals": lambda x: x * 1e-40,
@@ -312,6 +323,7 @@ from tenfold import compiled
 from tenfold.kernels import native
 from tenfold.packed import packed_matrix
 
+torch.set_num_threads(1)  # OpenMP's do not survive a fork
 compiled.module().set_threads(3)
 matrix, x = packed_matrix(torch.randn(400, 640), "q8"), torch.randn(2000, 640)
 wanted = native.linear(matrix, x)
