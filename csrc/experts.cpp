@@ -1,8 +1,10 @@
 #include "experts.hpp"
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <numeric>
+#include <utility>
 
 namespace tenfold {
 namespace {
@@ -32,9 +34,39 @@ struct Routing {
     }
 };
 
-using Buffer = std::unique_ptr<float[]>;  // not initialised: a vector would write it once for nothing
+// Floats that are not initialised, and whose memory the next call gets again: mapping some 50 MB anew for
+// every layer of a prompt would take a tenth of its time.
+class Buffer {
+public:
+    explicit Buffer(size_t count) {
+        for (Memory& spare : spares())
+            if (spare.size >= count) {
+                std::swap(memory_, spare);
+                return;
+            }
+        memory_ = {std::unique_ptr<float[]>(new float[count]), count};
+    }
+    ~Buffer() {
+        for (Memory& spare : spares())
+            if (spare.size < memory_.size) std::swap(memory_, spare);
+    }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    float* get() const { return memory_.floats.get(); }
+    float& operator[](size_t i) const { return memory_.floats[i]; }
 
-Buffer floats(size_t count) { return Buffer(new float[count]); }
+private:
+    struct Memory {
+        std::unique_ptr<float[]> floats;
+        size_t size = 0;
+    };
+    // The two largest so far, which is as many as a call uses; callers take turns (module.cpp).
+    static std::array<Memory, 2>& spares() {
+        static std::array<Memory, 2> kept;
+        return kept;
+    }
+    Memory memory_;
+};
 
 class Call {
 public:
@@ -43,11 +75,10 @@ public:
           dot_(kernels.dot[static_cast<int>(layer.format)]) {}
 
     // Gate and up of every filled slot, and their product: (filled, F).
-    Buffer hidden(const float* x) const {
+    void hidden(const float* x, float* out) const {
         const int F = layer_.width, pairs = panels_of(F), blocks = blocks_of(layer_.hidden);
         const size_t bytes = panel_bytes(layer_.format, layer_.hidden);
         const Rounded tiles(pool_, kernels_, layer_.format, x, layer_.hidden, routing_.token_of, routing_.first);
-        Buffer out = floats(routing_.token_of.size() * F);
         const auto gate_at = [&](size_t item) {
             return layer_.record(routing_.active[item / pairs]) + 2 * (item % pairs) * bytes;
         };
@@ -76,17 +107,15 @@ public:
                     std::copy_n(product + t * ROWS, rows, &out[static_cast<size_t>(tiles.start(i) + t) * F + row]);
             }
         });
-        return out;
     }
 
     // Down of every filled slot, from `hidden`: (filled, D).
-    Buffer outputs(const float* hidden) const {
+    void outputs(const float* hidden, float* out) const {
         const int F = layer_.width, D = layer_.hidden, blocks = blocks_of(F);
         const size_t skip = 2 * panels_of(F) * panel_bytes(layer_.format, D), bytes = panel_bytes(layer_.format, F);
         std::vector<int32_t> all(routing_.token_of.size());
         std::iota(all.begin(), all.end(), 0);
         const Rounded tiles(pool_, kernels_, layer_.format, hidden, F, all, routing_.first);
-        Buffer out = floats(all.size() * D);
         const int panels = panels_of(D);
         const auto down_at = [&](size_t item) {
             return layer_.record(routing_.active[item / panels]) + skip + (item % panels) * bytes;
@@ -108,7 +137,6 @@ public:
                     std::copy_n(part + t * ROWS, rows, &out[static_cast<size_t>(tiles.start(i) + t) * D + row]);
             }
         });
-        return out;
     }
 
     void combine(const float* outputs, const float* weights, int tokens, int top_k, float* out) const {
@@ -153,8 +181,9 @@ void run_experts(Pool& pool, const Kernels& kernels, const Experts& layer, const
                  const int32_t* ids, const float* weights, int top_k, float* out) {
     const Routing routing(ids, tokens, top_k, layer.experts);
     const Call call(pool, kernels, layer, routing);
-    const Buffer hidden = call.hidden(x);
-    const Buffer outputs = call.outputs(hidden.get());
+    const Buffer hidden(routing.token_of.size() * layer.width), outputs(routing.token_of.size() * layer.hidden);
+    call.hidden(x, hidden.get());
+    call.outputs(hidden.get(), outputs.get());
     call.combine(outputs.get(), weights, tokens, top_k, out);
 }
 

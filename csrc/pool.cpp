@@ -62,11 +62,11 @@ void Pool::take() noexcept {
     }
 }
 
-// Half of a fair share of what is left at a time: long stretches of memory first, and all end together.
+// Two thirds of a fair share of what is left at a time: long stretches of memory first, and all end together.
 void Pool::take_ranges() {
     size_t first = next_.load(std::memory_order_relaxed);
     while (first < items_) {
-        const size_t share = std::max(grain_, (items_ - first) / (2 * size()));
+        const size_t share = std::max(grain_, (items_ - first) * 2 / (3 * size()));
         const size_t last = std::min(items_, first + share);
         if (!next_.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
         (*work_)(first, last);

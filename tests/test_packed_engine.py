@@ -82,6 +82,20 @@ def test_every_instruction_set_says_the_same(isa: str, monkeypatch: pytest.Monke
     assert errors(stepwise(PackedRunner(model, 2, 40), ids_BS, 35), wanted).max() < 0.02
 
 
+SWITCH = {"router": "switch", "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize(
+    "fields", [DENSE | {"rope_interleave": True}, SHAPE | SWITCH], ids=["rope", "switch"]
+)
+@torch.inference_mode()
+def test_options_of_no_published_family(fields: dict[str, object]) -> None:
+    model = build(fields)
+    ids_BS = torch.randint(0, 97, (3, 27))
+    got = stepwise(PackedRunner(packed_of(model, "bf16", "bf16"), 3, 27), ids_BS, 21)
+    assert errors(got, model(ids_BS)[:, 20:]).median() < 0.02
+
+
 @pytest.mark.parametrize("window", [None, 40])
 @torch.inference_mode()
 def test_attention_over_many_blocks(window: int | None) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tenfold import compiled
+from tenfold.device import keep_freed_memory
 from tenfold.engine.latent import PackedLatentAttention
 from tenfold.engine.native_layers import NativeLayers
 from tenfold.errors import TenfoldError
@@ -23,6 +24,7 @@ class PackedRunner:
         config = model.config
         if config.router == "expert_choice" and config.is_sparse:
             raise TenfoldError("router expert_choice cannot generate: its experts choose among future tokens")
+        keep_freed_memory()
         self.config, self.batch = config, batch
         self.capacity = -(-capacity // BLOCK) * BLOCK
         self._native = NativeLayers(config, model.weights, self.capacity)
