@@ -113,7 +113,8 @@ def test_a_float_model_is_measured_with_torch(saved: Path, capsys: pytest.Captur
         read / found["read_bandwidth_bytes_per_second"]
     )
     status, out, _ = run(capsys, "bench", saved, *QUICK)
-    assert status == 0 and "memory read" in out and "torch kernels" in out and "% of fp32" in out
+    assert status == 0 and "torch kernels" in out
+    assert "% of memory read" in out and "% of fp32" in out
 
 
 @native

@@ -47,6 +47,15 @@ def stepwise(runner: PackedRunner, ids_BS: Tensor, prompt: int) -> Tensor:
     return torch.stack(logits, dim=1)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_cache_beyond_the_memory_is_refused(packed: bool) -> None:
+    """A context that claims to be endless, and someone who asks for all of it."""
+    model = build({**random_fields("qwen3_moe", 0), "max_position_embeddings": 2**31 - 1})
+    params = SamplingParams(max_tokens=2**31)
+    with pytest.raises(TenfoldError, match=r"a KV cache for 2,147,483,647 tokens needs .* GiB"):
+        next(generate_tokens(packed_of(model) if packed else model, [1], params))
+
+
 def errors(got_BSV: Tensor, wanted_BSV: Tensor) -> Tensor:
     return (got_BSV - wanted_BSV).norm(dim=-1) / wanted_BSV.norm(dim=-1)
 

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-BAR_WIDTH = 12
+BAR_WIDTH = 8
 
 
 def report(found: dict[str, Any]) -> Group:

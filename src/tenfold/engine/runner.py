@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tenfold.engine.kv_cache import new_kv_cache
 from tenfold.engine.packed import PackedRunner
+from tenfold.memory import check_fits
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel
 
@@ -42,6 +43,11 @@ class TorchRunner:
 
 
 def new_runner(model: Transformer | PackedModel, batch: int, capacity: int) -> Runner:
-    """With caches for `capacity` positions of `batch` sequences."""
+    """With caches for `capacity` positions of `batch` sequences.
+
+    Raises TenfoldError where those could never fit the memory.
+    """
+    cache_bytes = batch * capacity * model.config.kv_bytes_per_token("bfloat16")
+    check_fits(cache_bytes, f"a KV cache for {capacity:,} tokens", "ask for fewer of them")
     runner = PackedRunner if isinstance(model, PackedModel) else TorchRunner
     return runner(model, batch, capacity)  # type: ignore[arg-type]
