@@ -62,25 +62,25 @@ void work(const F& f) {
 }
 
 // All layers but for the last one's feed-forward, which only the tokens that predict need. One call a step:
-// between layers Python would find its own code gone from the caches, for the weights that came through.
+// between layers Python would find its own code gone from the caches, for the weights that came through. A
+// prompt, where that matters less, can be interrupted between two layers.
 struct Decoder {
     std::vector<DecoderLayer> layers;
     std::vector<Cache> caches;
 
     void operator()(Address x, Address sequences, Address positions, int tokens) const {
-        work([&](Pool& pool, const Kernels& set) {
-            const Places places{at<const int32_t>(sequences), at<const int32_t>(positions), tokens};
-            for (size_t n = 0; n < layers.size(); n++) {
-                if (n > 0) layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens);
-                layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
-                if (tokens > 1) stop_if_interrupted();
-            }
-        });
-    }
-
-    static void stop_if_interrupted() {
-        nb::gil_scoped_acquire locked;
-        if (PyErr_CheckSignals()) throw nb::python_error();
+        const Places places{at<const int32_t>(sequences), at<const int32_t>(positions), tokens};
+        const size_t at_once = tokens > 1 ? 1 : layers.size();
+        for (size_t first = 0; first < layers.size(); first += at_once) {
+            work([&](Pool& pool, const Kernels& set) {
+                for (size_t n = first; n < first + at_once; n++) {
+                    if (n > 0) layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens);
+                    layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
+                }
+            });
+            // Never within `work`: whoever has Python's lock may be waiting for ours.
+            if (PyErr_CheckSignals()) throw nb::python_error();
+        }
     }
 };
 

@@ -255,3 +255,43 @@ def test_torchs_threads_are_the_callers_between_tokens(folder: Path) -> None:
             assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
+
+
+BESIDE_A_PROMPT = """
+import os, signal, threading, torch
+from test_packed_engine import DENSE, PackedRunner, build, packed_of
+
+model = packed_of(build(DENSE | {"num_hidden_layers": 8}), "q8", "q8")
+ids = torch.zeros(1, 500, dtype=torch.long)
+prompts = [PackedRunner(model, 1, 500) for _ in range(2)]
+stop = False
+
+def run(runner):
+    runner.reset()
+    runner.forward(ids)
+
+def work():
+    while not stop:
+        run(prompts[0])
+
+thread = threading.Thread(target=work)
+thread.start()
+for _ in range(10):
+    if os.fork() == 0:
+        os._exit(0)
+    os.wait()
+stop = True
+thread.join()
+
+handled = []
+signal.signal(signal.SIGALRM, lambda *_: handled.append(run(prompts[0])))
+while len(handled) < 5:
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
+    run(prompts[1])
+"""
+
+
+def test_forks_and_signals_while_a_prompt_is_read() -> None:
+    """Neither the one nor a handler that uses the kernels waits for what waits for it."""
+    command = [sys.executable, "-c", BESIDE_A_PROMPT]
+    assert subprocess.run(command, timeout=60, cwd=Path(__file__).parent).returncode == 0
