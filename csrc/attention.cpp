@@ -126,11 +126,20 @@ private:
 }  // namespace
 
 void attend(Pool& pool, const Kernels& kernels, const Heads& heads, const Cache& cache, const float* queries,
-            const int32_t* sequences, const int32_t* positions, int tokens, float* out) {
+            const int32_t* sequences, const int32_t* positions, int tokens,
+            const std::function<void(size_t, size_t)>& prepare, float* out) {
     const int group = heads.heads / heads.kv_heads, shared = std::min(group, MAX_TOKENS);
     const int pieces = (group + shared - 1) / shared;  // of the query heads of one key head
     const auto runs = cut(sequences, positions, tokens, MAX_TOKENS / shared);
     const size_t per_run = static_cast<size_t>(heads.kv_heads) * pieces;
+    // One token a sequence reads what itself wrote: one round of the threads does both. Tokens that read each
+    // other's wait for all.
+    const bool alone = pieces == 1 && std::adjacent_find(sequences, sequences + tokens) == sequences + tokens;
+    if (!alone) {
+        pool.run(static_cast<size_t>(tokens) * heads.kv_heads, 1, [&](size_t begin, size_t end) {
+            for (size_t item = begin; item < end; item++) prepare(item / heads.kv_heads, item % heads.kv_heads);
+        });
+    }
     // From the last run to the first: the longest come first, so that all threads end together.
     pool.run(runs.size() * per_run, 1, [&](size_t begin, size_t end) {
         Scorer scorer(kernels, heads, cache);
@@ -139,6 +148,7 @@ void attend(Pool& pool, const Kernels& kernels, const Heads& heads, const Cache&
             const int which = static_cast<int>(item % per_run);
             const int head = which / pieces * group + which % pieces * shared;
             const int here = std::min(shared, (which / pieces + 1) * group - head);
+            if (alone) prepare(run.first, which);
             scorer.run(queries, run, sequences[run.first], positions, head, here, out);
         }
     });

@@ -2,6 +2,8 @@
 // products as any other matrix's.
 #pragma once
 
+#include <functional>
+
 #include "isa.hpp"
 #include "pool.hpp"
 
@@ -28,9 +30,11 @@ struct Heads {
     const float* sinks = nullptr;  // (heads) or null: a logit that takes weight and gives nothing
 };
 
-// out (tokens, heads * head_dim) for queries of the same shape. Token t belongs to sequence
-// `sequences[t]` and stands at `positions[t]`; its key and value, and all before it, are in the cache.
+// out (tokens, heads * head_dim) for queries of the same shape. Token t belongs to sequence `sequences[t]`
+// and stands at `positions[t]`; those of one sequence are neighbours. `prepare(t, kv_head)` makes the token's
+// queries of that key head, and writes its key and value to the cache, where all before it are.
 void attend(Pool& pool, const Kernels& kernels, const Heads& heads, const Cache& cache, const float* queries,
-            const int32_t* sequences, const int32_t* positions, int tokens, float* out);
+            const int32_t* sequences, const int32_t* positions, int tokens,
+            const std::function<void(size_t, size_t)>& prepare, float* out);
 
 }  // namespace tenfold

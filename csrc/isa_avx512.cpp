@@ -1,4 +1,4 @@
-// AVX-512 with VNNI and BF16: 16 rows are the 16 lanes of a register, four products a lane at once.
+// AVX-512 with VBMI, VNNI and BF16: 16 rows are the 16 lanes of a register, four products a lane at once.
 #include <immintrin.h>
 
 #include "floats.inl"
@@ -20,26 +20,29 @@ inline void unpack(const uint8_t* block, __m512i table, __m512i (&codes)[8]) {
     if constexpr (F == Format::q8) {
         for (int g = 0; g < 8; g++) codes[g] = _mm512_loadu_si512(block + g * 64);
     } else {
-        const __m512i low = _mm512_set1_epi8(15);
+        // Of a byte only the low 6 bits choose, and the table repeats every 16: no need to clear the others.
         for (int j = 0; j < 4; j++) {
             const __m512i both = _mm512_loadu_si512(block + j * 64);
-            codes[2 * j] = _mm512_shuffle_epi8(table, _mm512_and_si512(both, low));
-            codes[2 * j + 1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+            codes[2 * j] = _mm512_permutexvar_epi8(both, table);
+            codes[2 * j + 1] = _mm512_permutexvar_epi8(_mm512_srli_epi16(both, 4), table);
         }
     }
 }
 
 template <Format F>
 inline __m512 block_scales(const uint8_t* bytes) {
-    __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
     if constexpr (F == Format::mxfp4) {
         // 2^(e - 127), halved because the codebook is doubled; below that is a denormal, flushed to zero.
-        wide = _mm512_max_epi32(_mm512_sub_epi32(wide, _mm512_set1_epi32(1)), _mm512_setzero_si512());
+        const __m512i wide =
+            _mm512_max_epi32(_mm512_sub_epi32(_mm512_cvtepu8_epi32(packed), _mm512_set1_epi32(1)), _mm512_setzero_si512());
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 23));
     } else {
-        const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(128)), 24);
-        const __m512i size = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(127)), 19);
-        return _mm512_castsi512_ps(_mm512_or_si512(_mm512_add_epi32(size, _mm512_set1_epi32(SCALE_BIAS)), sign));
+        // The exponent of SCALE_BIAS ends in three zeros, where a byte's own goes: (bits & kept) | bias.
+        static_assert((SCALE_BIAS >> 23 & 7) == 0);
+        const __m512i bits = _mm512_slli_epi32(_mm512_cvtepi8_epi32(packed), 19);
+        const __m512i kept = _mm512_set1_epi32(static_cast<int>(0x83f80000));
+        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits, kept, _mm512_set1_epi32(SCALE_BIAS), 0xea));
     }
 }
 

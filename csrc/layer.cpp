@@ -90,19 +90,17 @@ void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache
         });
     }
     const int group = heads.heads / heads.kv_heads;
-    pool.run(static_cast<size_t>(tokens) * heads.kv_heads, 1, [&](size_t begin, size_t end) {
-        for (size_t item = begin; item < end; item++) {
-            const size_t t = item / heads.kv_heads, h = item % heads.kv_heads;
-            const int position = places.positions[t];
-            const float *c = cos + static_cast<size_t>(position) * half, *s = sin + static_cast<size_t>(position) * half;
-            for (size_t g = h * group; g < (h + 1) * group; g++)
-                prepare(kernels, layer, layer.q_norm, &q[t * wide + g * d], c, s);
-            prepare(kernels, layer, layer.k_norm, &k[t * narrow + h * d], c, s);
-            cache.write(places.sequences[t], static_cast<int>(h), position, &k[t * narrow + h * d],
-                        &v[t * narrow + h * d], d);
-        }
-    });
-    tenfold::attend(pool, kernels, heads, cache, q.data(), places.sequences, places.positions, tokens, out.data());
+    const auto prepare_heads = [&](size_t t, size_t h) {
+        const int position = places.positions[t];
+        const float *c = cos + static_cast<size_t>(position) * half, *s = sin + static_cast<size_t>(position) * half;
+        for (size_t g = h * group; g < (h + 1) * group; g++)
+            prepare(kernels, layer, layer.q_norm, &q[t * wide + g * d], c, s);
+        prepare(kernels, layer, layer.k_norm, &k[t * narrow + h * d], c, s);
+        cache.write(places.sequences[t], static_cast<int>(h), position, &k[t * narrow + h * d], &v[t * narrow + h * d],
+                    d);
+    };
+    tenfold::attend(pool, kernels, heads, cache, q.data(), places.sequences, places.positions, tokens, prepare_heads,
+                    out.data());
     linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.data(), tokens);
 }
 
