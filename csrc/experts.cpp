@@ -83,7 +83,7 @@ public:
             return layer_.record(routing_.active[item / pairs]) + 2 * (item % pairs) * bytes;
         };
         const auto up_at = [&](size_t item) { return gate_at(item) + bytes; };
-        each_panel(pairs, [&](size_t item, size_t end) {
+        each_panel(pairs, [&](size_t item, const Way& way) {
             alignas(64) float gate[MAX_TOKENS * ROWS], up[MAX_TOKENS * ROWS], product[MAX_TOKENS * ROWS];
             const int group = static_cast<int>(item / pairs), p = static_cast<int>(item % pairs);
             const int expert = routing_.active[group];
@@ -94,7 +94,7 @@ public:
             for (int i = first; i < first + count; i++) {
                 const Tile tile = tiles.tile(i);
                 const auto ahead = [&](const auto& panel_at) {
-                    return ahead_of(panel_at, item, end, 2 * bytes, layer_.format, blocks, i - first, count);
+                    return ahead_of(panel_at, way, 2 * bytes, layer_.format, blocks, i - first, count);
                 };
                 dot_(gate_at(item), blocks, tile, ahead(gate_at), gate);
                 dot_(up_at(item), blocks, tile, ahead(up_at), up);
@@ -120,7 +120,7 @@ public:
         const auto down_at = [&](size_t item) {
             return layer_.record(routing_.active[item / panels]) + skip + (item % panels) * bytes;
         };
-        each_panel(panels, [&](size_t item, size_t end) {
+        each_panel(panels, [&](size_t item, const Way& way) {
             alignas(64) float part[MAX_TOKENS * ROWS];
             const int group = static_cast<int>(item / panels), p = static_cast<int>(item % panels);
             const int expert = routing_.active[group];
@@ -129,7 +129,7 @@ public:
             for (int i = first; i < first + count; i++) {
                 const Tile tile = tiles.tile(i);
                 const Ahead ahead =
-                    ahead_of(down_at, item, end, bytes, layer_.format, blocks, i - first, count);
+                    ahead_of(down_at, way, bytes, layer_.format, blocks, i - first, count);
                 dot_(down_at(item), blocks, tile, ahead, part);
                 if (layer_.down_bias)
                     add_bias(part, tile.tokens, layer_.down_bias + static_cast<size_t>(expert) * D + row, rows);
@@ -153,13 +153,12 @@ public:
     }
 
 private:
-    // Runs work(item, end) for `panels` items of each active expert, those of one before those of the next; a
-    // thread's items end at `end`.
+    // Runs work(item, way) for `panels` items of each active expert, those of one before those of the next.
     template <class Work>
     void each_panel(int panels, const Work& work) const {
         const size_t items = routing_.active.size() * panels;
-        pool_.run(items, 1, [&](size_t begin, size_t end) {
-            for (size_t item = begin; item < end; item++) work(item, end);
+        pool_.stream(items, 1, [&](size_t begin, size_t end, size_t then) {
+            for (size_t item = begin; item < end; item++) work(item, Way{item, end, then, items});
         });
     }
 

@@ -13,8 +13,10 @@ namespace tenfold {
 struct Ahead {
     const uint8_t* first = nullptr;
     int lines = 0;  // of 64 bytes a block
+    const uint8_t* scales = nullptr;  // 16 bytes a block, or null
 
     void fetch(int block) const {
+        if (block % 4 == 0) __builtin_prefetch(scales + block * ROWS, 0, 2);
         for (int i = 0; i < lines; i++) __builtin_prefetch(first + (static_cast<size_t>(block) * lines + i) * 64, 0, 2);
     }
 };

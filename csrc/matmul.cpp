@@ -106,7 +106,7 @@ void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& prod
         }
         first.push_back(first.back() + panels_of(p.matrix.rows));
     }
-    pool.run(first.back(), 1, [&](size_t begin, size_t end) {
+    pool.stream(first.back(), 1, [&](size_t begin, size_t end, size_t then) {
         alignas(64) float out[MAX_TOKENS * ROWS];
         const auto product_of = [&](size_t item) {
             return static_cast<size_t>(std::upper_bound(first.begin(), first.end(), item) - first.begin()) - 1;
@@ -124,7 +124,7 @@ void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& prod
             const int rows = std::min(ROWS, matrix.rows - row);
             for (int i = 0; i < tiles.tiles(); i++) {
                 const Tile tile = tiles.tile(i);
-                const Ahead ahead = ahead_of(panel_at, item, end, bytes, matrix.format, blocks, i, tiles.tiles());
+                const Ahead ahead = ahead_of(panel_at, {item, end, then, first.back()}, bytes, matrix.format, blocks, i, tiles.tiles());
                 kernels.dot[static_cast<int>(matrix.format)](panel_at(item), blocks, tile, ahead, out);
                 for (int t = 0; t < tile.tokens; t++) {
                     float* to = y + static_cast<size_t>(tiles.start(i) + t) * matrix.rows + row;

@@ -1,6 +1,7 @@
 // Products of packed matrices with rows of activations, on all threads of a pool.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "isa.hpp"
@@ -48,18 +49,30 @@ private:
 
 constexpr size_t FAR = 24 << 10;  // bytes, more than memory delivers in the time of its own latency
 
-// What to fetch while tile `index` of `count` meets the panel of an item, for a thread whose items end at
-// `end`. With one tile that is what comes FAR later in its work; with several, the next item's panel, a part
-// with each tile. `panel_at(item)` is a panel's address, `item_bytes` the bytes that one item reads.
+// The items of a thread: from `item`, at which it is, to `end`, then on from `then` (`items`: no more).
+struct Way {
+    size_t item, end, then, items;
+
+    // The item `steps` after this one, or `items`.
+    size_t after(size_t steps) const {
+        const size_t next = item + steps;
+        return next < end ? next : then == items ? items : std::min(items, then + (next - end));
+    }
+};
+
+// What to fetch while tile `index` of `count` meets the panel of an item. With one tile that is the panel that
+// comes FAR or more later on the thread's way; with several, the next item's, a part with each tile.
+// `panel_at(item)` is a panel's address, `item_bytes` the bytes that one item reads.
 template <class PanelAt>
-Ahead ahead_of(const PanelAt& panel_at, size_t item, size_t end, size_t item_bytes, Format format, int blocks,
-               int index, int count) {
+Ahead ahead_of(const PanelAt& panel_at, const Way& way, size_t item_bytes, Format format, int blocks, int index,
+               int count) {
     const int lines = static_cast<int>(code_bytes(format) / 64);
-    if (count == 1 && item_bytes > 2 * FAR) return {panel_at(item) + FAR, lines};
-    const size_t next = item + (count == 1 ? (FAR + item_bytes - 1) / item_bytes : 1);
-    if (next >= end) return {};
+    const size_t next = way.after(count == 1 ? (FAR + item_bytes - 1) / item_bytes : 1);
+    if (next >= way.items) return {};
     const int share = (lines + count - 1) / count;
-    return {panel_at(next) + static_cast<size_t>(index) * blocks * share * 64, share};
+    const uint8_t* panel = panel_at(next);
+    const uint8_t* scales = index == 0 ? panel + blocks * code_bytes(format) : nullptr;
+    return {panel + static_cast<size_t>(index) * blocks * share * 64, share, scales};
 }
 
 struct Product {

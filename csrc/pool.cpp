@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <system_error>
+#include <tuple>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -32,8 +33,12 @@ Pool::~Pool() {
 }
 
 void Pool::run(size_t items, size_t grain, const std::function<void(size_t, size_t)>& work) {
+    stream(items, grain, [&work](size_t first, size_t last, size_t) { work(first, last); });
+}
+
+void Pool::stream(size_t items, size_t grain, const std::function<void(size_t, size_t, size_t)>& work) {
     if (workers_.empty() || items <= grain) {
-        if (items) work(0, items);
+        if (items) work(0, items, items);
         return;
     }
     work_ = &work;
@@ -62,16 +67,24 @@ void Pool::take() noexcept {
     }
 }
 
-// Two thirds of a fair share of what is left at a time: long stretches of memory first, and all end together.
+// Each range is claimed before work on the one before it begins.
 void Pool::take_ranges() {
+    auto [first, last] = claim();
+    while (first < last) {
+        const auto then = claim();
+        (*work_)(first, last, then.first);
+        std::tie(first, last) = then;
+    }
+}
+
+// Half a fair share of what is left at a time: long stretches of memory first, and all end together.
+std::pair<size_t, size_t> Pool::claim() {
     size_t first = next_.load(std::memory_order_relaxed);
     while (first < items_) {
-        const size_t share = std::max(grain_, (items_ - first) * 2 / (3 * size()));
-        const size_t last = std::min(items_, first + share);
-        if (!next_.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
-        (*work_)(first, last);
-        first = next_.load(std::memory_order_relaxed);
+        const size_t last = std::min(items_, first + std::max(grain_, (items_ - first) / (2 * size())));
+        if (next_.compare_exchange_weak(first, last, std::memory_order_relaxed)) return {first, last};
     }
+    return {items_, items_};
 }
 
 void Pool::serve() {

@@ -7,6 +7,7 @@
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace tenfold {
@@ -22,13 +23,19 @@ public:
     // one of the calls threw, when none is under way any more.
     void run(size_t items, size_t grain, const std::function<void(size_t, size_t)>& work);
 
+    // The same with work(first, last, then): `then` is where the thread goes on afterwards (`items`: nowhere), so
+    // that it can fetch what is there in time.
+    void stream(size_t items, size_t grain, const std::function<void(size_t, size_t, size_t)>& work);
+
 private:
     void serve();
     void take() noexcept;
     void take_ranges();
+    // The next items that nobody has, {items, items} at the end.
+    std::pair<size_t, size_t> claim();
 
     std::vector<std::thread> workers_;
-    const std::function<void(size_t, size_t)>* work_ = nullptr;
+    const std::function<void(size_t, size_t, size_t)>* work_ = nullptr;
     size_t items_ = 0, grain_ = 1;
     alignas(64) std::atomic<size_t> next_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
