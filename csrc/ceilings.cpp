@@ -4,15 +4,9 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -150,27 +144,12 @@ Multiply portable(const std::string& kind) {
 
 }  // namespace
 
-double read_bandwidth(int threads, size_t bytes) {
-    constexpr size_t PAGE = 1 << 21;
-    size_t share = std::max<size_t>(bytes / threads / PAGE, 1) * PAGE;
-    size_t total = share * threads;
-    std::unique_ptr<uint8_t, void (*)(void*)> buffer(
-        static_cast<uint8_t*>(std::aligned_alloc(PAGE, total)), std::free);
-    if (!buffer) throw std::bad_alloc();
-#if defined(__linux__)
-    madvise(buffer.get(), total, MADV_HUGEPAGE);  // page tables are not what is measured
-#endif
-    auto part = [&](int thread) { return buffer.get() + thread * share; };
-    seconds(threads, [&](int thread) { std::fill(part(thread), part(thread) + share, uint8_t(1)); });
-    double best = 0;
-    for (int round = 0; round < ROUNDS; round++) {
-        double took = seconds(threads, [&](int thread) {
-            uint64_t sum = sum_words(reinterpret_cast<const uint64_t*>(part(thread)), share / 8);
-            asm volatile("" : "+r"(sum));
-        });
-        best = std::max(best, total / took);
-    }
-    return best;
+double read_seconds(int threads, const uint8_t* from, size_t bytes) {
+    const size_t share = bytes / threads / 64 * 64;
+    return seconds(threads, [&](int thread) {
+        uint64_t sum = sum_words(reinterpret_cast<const uint64_t*>(from + thread * share), share / 8);
+        asm volatile("" : "+r"(sum));
+    });
 }
 
 double peak(const std::string& kind, const std::string& isa, int threads) {

@@ -2,13 +2,13 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace tenfold {
 
-// Bytes a second that `threads` threads read together, streaming through a buffer of `bytes`, which
-// should be many times the caches. The best of several rounds; throws std::bad_alloc.
-double read_bandwidth(int threads, size_t bytes);
+// Seconds in which `threads` threads together read through `bytes` of memory, which should be many times the caches.
+double read_seconds(int threads, const uint8_t* from, size_t bytes);
 
 // Operations a second of `threads` threads; a multiply-add is two. `kind` is "int8", "bf16" or "fp32",
 // `isa` "avx512", "avx2" or "portable". 0 where the instruction set, or this machine, has none for it.

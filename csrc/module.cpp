@@ -207,7 +207,10 @@ NB_MODULE(_native, m) {
                      at<const float>(importance), at<uint8_t>(panels));
         });
     });
-    m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, nb::call_guard<nb::gil_scoped_release>());
+    m.def("read_seconds", [](int threads, Address from, size_t bytes) {
+        nb::gil_scoped_release unlocked;
+        return read_seconds(threads, at<const uint8_t>(from), bytes);
+    });
     m.def("peak", &peak, "kind"_a, "isa"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
 
     m.def("rms_norm", [](Address x, Address weight, int tokens, int hidden, float eps, Address y) {
