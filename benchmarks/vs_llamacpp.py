@@ -96,7 +96,7 @@ class Bench:
         ids_BS = random_ids(self.config.vocab_size, 1, SHORT + DECODED)
         per_token = Reading.of(self.config, model.weights, 1).bytes_per_step
         records = [weight.records for weight in model.weights.values() if isinstance(weight, PackedExperts)]
-        decoded, plain = [], []
+        read_seconds, decoded, plain = compiled.module().read_seconds, [], []
         for _ in range(self.rounds):
             decoded.append(per_token / one_round(runner, ids_BS, SHORT).decode_step)
             took = [
