@@ -96,13 +96,11 @@ class Bench:
         ids_BS = random_ids(self.config.vocab_size, 1, SHORT + DECODED)
         per_token = Reading.of(self.config, model.weights, 1).bytes_per_step
         records = [weight.records for weight in model.weights.values() if isinstance(weight, PackedExperts)]
-        read_seconds, decoded, plain = compiled.module().read_seconds, [], []
+        decoded, plain = [], []
         for _ in range(self.rounds):
             decoded.append(per_token / one_round(runner, ids_BS, SHORT).decode_step)
-            took = [
-                compiled.module().read_seconds(self.threads, each.data_ptr(), each.nbytes) for each in records
-            ]
-            plain.append(sum(each.nbytes for each in records) / sum(took))
+            reads = [compiled.module().read_seconds(self.threads, e.data_ptr(), e.nbytes) for e in records]
+            plain.append(sum(each.nbytes for each in records) / sum(reads))
         return row(name, statistics.median(decoded) / 1e9, statistics.median(plain) / 1e9, 0.9, "GB/s")
 
 
