@@ -25,6 +25,8 @@ from tenfold import compiled
 from tenfold.checkpoint import save_model
 from tenfold.checkpoint.pack.packing import pack
 from tenfold.checkpoint.pack.record import record_bytes
+from tenfold.checkpoint.raw import RawTensor
+from tenfold.checkpoint.weights import list_raw
 from tenfold.engine.packed import PackedRunner
 from tenfold.errors import TenfoldError
 from tenfold.formats import ExpertsFormat, Packing
@@ -76,7 +78,7 @@ def test_families_say_to_the_bit_what_they_say_resident(family: str, tmp_path: P
         assert logits(path, slots, ids_BS, 21).equal(wanted)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(st.integers(2, EXPERTS + 1), st.integers(1, 4), st.integers(1, 20), st.integers(1, 3))
 def test_any_memory_batch_and_prompt(kept: Path, slots: int, batch: int, prompt: int, threads: int) -> None:
     ids_BS = text(batch, 25)
@@ -102,7 +104,7 @@ def test_all_in_memory_reads_everything_once(kept: Path) -> None:
 
 
 def test_a_call_reads_each_missing_expert_once(kept: Path) -> None:
-    """A prompt of many tokens through two slots: one read an expert and layer, however many tokens want it."""
+    """A prompt through two slots: one read an expert and layer, however many tokens want it."""
     model = read_packed(kept, 2)
     PackedRunner(model, 1, 200).forward(text(1, 200))
     assert model.store
@@ -178,18 +180,14 @@ def test_checksums_are_zlibs(data: bytes, skipped: int) -> None:
     assert compiled.module().crc32(held.data_ptr() + skipped, len(data)) == zlib.crc32(data)
 
 
-def place(path: Path, layer: int, expert: int) -> tuple[Path, int]:
+def stored(path: Path, name: str) -> RawTensor:
+    return list_raw(path)[name]
+
+
+def record(path: Path, layer: int, expert: int) -> tuple[Path, int]:
     """The file and the first byte of an expert's record."""
-    mapped = load_packed(path).weights[f"layers.{layer}.mlp.experts"]
-    del mapped
-    (raw,) = (raw for raw in raws(path) if raw.name == f"layers.{layer}.mlp.experts.{expert}")
+    raw = stored(path, f"layers.{layer}.mlp.experts.{expert}")
     return raw.file, raw.offset
-
-
-def raws(path: Path) -> list:
-    from tenfold.checkpoint.weights import list_raw
-
-    return list(list_raw(path).values())
 
 
 def damage(file: Path, at: int) -> None:
@@ -204,21 +202,24 @@ def test_a_record_damaged_while_running_is_never_computed_with(own: Path) -> Non
     """It is named, the others still serve, and so does it when it is whole again."""
     wanted, runner = logits(own, None, text(), 20), PackedRunner(read_packed(own, 3), 1, 40)
     assert runner.forward(text()[:, :20]).equal(wanted[:, 0])
-    for expert in range(8):
-        file, at = place(own, 1, expert)
-        damage(file, at + RECORD // 2)
+    middles = [at + RECORD // 2 for _, at in (record(own, 1, expert) for expert in range(8))]
+    file, _ = record(own, 1, 0)
+    for at in middles:
+        damage(file, at)
     runner.reset()
-    with pytest.raises(TenfoldError, match=rf"{file.name}: layer 1, expert \d is damaged: .* CRC-32 \w{{8}}, not"):
+    with pytest.raises(
+        TenfoldError, match=rf"{file.name}: layer 1, expert \d is damaged: .* CRC-32 \w{{8}}, not"
+    ):
         runner.forward(text()[:, :20])
-    for expert in range(8):
-        damage(file, place(own, 1, expert)[1] + RECORD // 2)
+    for at in middles:
+        damage(file, at)
     runner.reset()
     assert stepwise(runner, text(), 20).equal(wanted)
 
 
 def test_a_file_truncated_while_running_is_an_error(own: Path) -> None:
     runner = PackedRunner(read_packed(own, 2), 1, 40)
-    file, at = place(own, 1, 4)
+    file, at = record(own, 1, 4)
     os.truncate(file, at + 100)
     with pytest.raises(TenfoldError, match=rf"{file.name}: cannot read .* ends at .*\(layer 1, expert \d\)"):
         runner.forward(text())
@@ -234,19 +235,18 @@ def test_a_file_replaced_while_running_is_read_as_it_was(own: Path) -> None:
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "layers.1.self_attn.q_proj.weight", "norm.weight"])
 def test_damage_to_all_the_rest_is_found_on_loading(own: Path, name: str) -> None:
-    (raw,) = (raw for raw in raws(own) if raw.name == name)
+    raw = stored(own, name)
     damage(raw.file, raw.offset + 5)
     with pytest.raises(TenfoldError, match=f"{raw.file.name}: tensor {name} is damaged"):
         read_packed(own, 2)
 
 
-def test_a_pack_without_checksums_is_refused(own: Path) -> None:
-    file, _ = place(own, 0, 0)
-    data = file.read_bytes()
-    (raw,) = (raw for raw in raws(own) if raw.name == "layers.0.mlp.experts.0")
-    crc = raw.note.rpartition(" ")[2].encode()
-    file.write_bytes(data.replace(crc, b"no check", 1))
-    with pytest.raises(TenfoldError, match=r"tensor layers.0.mlp.experts.0 has no 8 digits for a CRC-32|check"):
+@pytest.mark.parametrize("name", ["layers.0.mlp.experts.0", "lm_head.weight"])
+def test_a_pack_without_checksums_is_refused(own: Path, name: str) -> None:
+    raw = stored(own, name)
+    written = raw.note.rpartition(" ")[2].encode()
+    raw.file.write_bytes(raw.file.read_bytes().replace(written, b"nochecks", 1))
+    with pytest.raises(TenfoldError, match=f"tensor {name} has nochecks for a CRC-32"):
         read_packed(own, 2)
 
 
@@ -261,18 +261,25 @@ def cached(file: Path) -> int:
     return sum(state & 1 for state in states)
 
 
-def test_nothing_stays_in_the_page_cache(own: Path) -> None:
-    for file in own.glob("*.safetensors"):
+def left_in_cache(path: Path) -> int:
+    """Pages that a run leaves there, but for headers and what ends within a page; negative if nothing can say."""
+    files = sorted(path.glob("*.safetensors"))
+    for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    files = sorted(own.glob("*.safetensors"))
     if any(map(cached, files)):
-        pytest.skip("this file system keeps its files in memory")
-    stepwise(PackedRunner(read_packed(own, 4), 1, 40), text(), 20)
+        return -1
+    stepwise(PackedRunner(read_packed(path, 4), 1, 40), text(), 20)
     left = sum(map(cached, files))
     headers = sum(-(-(8 + int.from_bytes(file.read_bytes()[:8], "little")) // 4096) for file in files)
-    assert left <= headers + 2 * len(files)  # what ends within a page: plain tensors
+    return max(0, left - headers - 2 * len(files))
+
+
+def test_nothing_stays_in_the_page_cache(own: Path) -> None:
+    if (left := left_in_cache(own)) < 0:
+        pytest.skip("this file system keeps its files in memory")
+    assert left == 0
 
 
 def test_two_threads_take_turns_at_one_store(kept: Path) -> None:
@@ -291,10 +298,10 @@ def test_two_threads_take_turns_at_one_store(kept: Path) -> None:
 
 
 PROGRAM = """
-import os, signal, sys, time
+import os, shutil, signal, sys, time
 from pathlib import Path
 import torch
-from test_expert_store import PackedRunner, TenfoldError, logits, read_packed, stepwise, text
+from test_expert_store import PackedRunner, TenfoldError, left_in_cache, logits, read_packed, stepwise, text
 
 path, slots = Path(sys.argv[1]), int(sys.argv[2])
 wanted = logits(path, None, text(), 20)
@@ -308,9 +315,9 @@ def fault(kind):
 """
 
 
-def start(path: Path, slots: int, program: str, **environment: str) -> subprocess.Popen[str]:
+def start(path: Path, slots: int, program: str, *more: str, **environment: str) -> subprocess.Popen[str]:
     """Python that has PROGRAM behind it."""
-    command = [sys.executable, "-c", PROGRAM + program, str(path), str(slots)]
+    command = [sys.executable, "-c", PROGRAM + program, str(path), str(slots), *more]
     return subprocess.Popen(
         command, cwd=Path(__file__).parent, env=os.environ | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -340,7 +347,7 @@ def work():
         stepwise(other, text(), 20)
 thread = threading.Thread(target=work)
 thread.start()
-for _ in range(6):
+for _ in range(20):
     if (child := os.fork()) == 0:
         first = model.store.meter().bytes_read
         os._exit(0 if first == 0 and same() and model.store.meter().bytes_read else 1)
@@ -370,35 +377,48 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def faulty(shim: Path, tmp_path: Path, path: Path, slots: int, program: str) -> subprocess.Popen[str]:
-    return start(path, slots, program, LD_PRELOAD=str(shim), FAULT=str(tmp_path / "fault"))
+    unused = str(tmp_path / "copy")
+    return start(path, slots, program, unused, LD_PRELOAD=str(shim), FAULT=str(tmp_path / "fault"))
 
 
-@pytest.mark.parametrize("kind", ["not direct", "short", "interrupted", "slow 3"])
-def test_disks_that_are_odd_serve(shim: Path, tmp_path: Path, kept: Path, kind: str) -> None:
-    program = f"fault({kind!r}); assert same(); model = read_packed(path, slots); assert same()"
-    finish(faulty(shim, tmp_path, kept, 4, program))
+ODD = """
+fault("not direct")
+assert left_in_cache(Path(shutil.copytree(path, sys.argv[3]))) <= 0
+for kind in ("not direct", "short", "interrupted", "slow 3"):
+    fault(kind)
+    assert same(), kind
+    model = read_packed(path, slots)
+    runner = PackedRunner(model, 1, 40)
+    assert same(), kind
+fault("error")
+try:
+    same()
+except TenfoldError as error:
+    print(error)
+fault("")
+assert same()
+"""
 
 
-def test_a_read_error_is_told_and_forgotten(shim: Path, tmp_path: Path, kept: Path) -> None:
-    program = (
-        "fault('error')\n"
-        "try: same()\n"
-        "except TenfoldError as error: print(error)\n"
-        "fault('')\n"
-        "assert same()"
-    )
-    said = finish(faulty(shim, tmp_path, kept, 4, program))
+def test_disks_that_are_odd_serve_and_errors_are_told_and_forgotten(
+    shim: Path, tmp_path: Path, kept: Path
+) -> None:
+    said = finish(faulty(shim, tmp_path, kept, 4, ODD))
     assert ".safetensors: cannot read it: Input/output error (layer 0, expert" in said
 
 
 def test_a_call_through_two_slots_ends_on_the_slowest_disk(shim: Path, tmp_path: Path, kept: Path) -> None:
     """Each read is longer than a call waits before it lets Python hear of signals and begins again."""
-    program = "fault('slow 300'); runner.reset(); assert runner.forward(text()[:, :20]).equal(wanted[:, 0])"
+    program = """
+wanted = logits(path, None, text(1, 1), 1)
+fault("slow 300")
+assert runner.forward(text(1, 1)).equal(wanted[:, 0])
+"""
     finish(faulty(shim, tmp_path, kept, 2, program))
 
 
 INTERRUPTED = """
-fault('slow 4000')
+fault('slow 2500')
 print('reading', flush=True)
 try:
     same()
@@ -416,7 +436,7 @@ def test_ctrl_c_while_the_disk_is_waited_for(shim: Path, tmp_path: Path, kept: P
     sent = time.monotonic()
     process.send_signal(signal.SIGINT)
     heard = float(process.stdout.readline())
-    assert heard - sent < 2
+    assert heard - sent < 1.5
     finish(process)
 
 
