@@ -262,7 +262,7 @@ def cached(file: Path) -> int:
 
 
 def left_in_cache(path: Path) -> int:
-    """Pages that a run leaves there, but for headers and what ends within a page; negative if nothing can say."""
+    """Pages that a run leaves there beyond headers and parts of pages; -1 where all files are kept."""
     files = sorted(path.glob("*.safetensors"))
     for file in files:
         with file.open("rb") as opened:
