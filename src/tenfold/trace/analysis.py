@@ -1,5 +1,6 @@
 """What a trace says: names as in `trace --json`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ def analyse(trace: Trace) -> dict[str, Any]:
     `load[kind]` (layers, experts) has 1 for a fair share.
     """
     header = trace.header
+    unforeseen = len(header.layers) - len(header.foreseen)
     distances = simulate.reuse_distances(trace.experts_TLK, header.num_experts)
     seen = np.bincount(distances.ravel(), minlength=header.num_experts + 1)
     return {
@@ -28,19 +30,17 @@ def analyse(trace: Trace) -> dict[str, Any]:
         "num_experts": header.num_experts,
         "num_experts_per_tok": header.num_experts_per_tok,
         "expert_bytes": header.expert_bytes,
-        "hit_rate": hit_rates(trace, MEMORY),
+        "hit_rate": hit_rates(trace),
         "reuse_within": (seen.cumsum() / seen.sum())[:-1].tolist(),
         "reuse_distance_median": np.median(distances, axis=(0, 2)).tolist(),
         "repeated": _shared(trace.experts_TLK[1:], trace.experts_TLK[:-1]),
         "lookahead_layers": list(header.foreseen),
-        "lookahead": _shared(trace.lookahead_TLK, trace.experts_TLK[:, -len(header.foreseen) :])
-        if header.foreseen
-        else [],
+        "lookahead": _shared(trace.lookahead_TLK, trace.experts_TLK[:, unforeseen:]),
         "load": _load(trace),
     }
 
 
-def hit_rates(trace: Trace, memory: tuple[float, ...]) -> list[dict[str, float]]:
+def hit_rates(trace: Trace, memory: Sequence[float] = MEMORY) -> list[dict[str, float]]:
     """One entry for each share of the experts: `memory`, `slots`, `bytes`, and the policies' hit rates."""
     ids_TLK, E = trace.experts_TLK, trace.header.num_experts
     layers = ids_TLK.shape[1]
@@ -72,9 +72,11 @@ def _shared(guess_TLK: Ids, truth_TLK: Ids) -> list[float]:
 
 
 def _load(trace: Trace) -> dict[str, list[list[float]]]:
-    header, first, by_kind = trace.header, 0, {}
+    header, first = trace.header, 0
+    load: dict[str, list[list[float]]] = {}
     for segment in header.segments:
         part_TLK = trace.experts_TLK[first : first + segment.tokens]
         first += segment.tokens
-        by_kind[segment.kind] = by_kind.get(segment.kind, 0) + counts(part_TLK, header.num_experts)
-    return {kind: (n / n.mean(1, keepdims=True)).tolist() for kind, n in by_kind.items()}
+        uses_LE = counts(part_TLK, header.num_experts)
+        load[segment.kind] = (uses_LE / uses_LE.mean(1, keepdims=True)).tolist()
+    return load

@@ -53,6 +53,8 @@ class TraceHeader(Parsed):
     def _check(self) -> "TraceHeader":
         if any(after <= before for before, after in pairwise(self.layers)):
             raise ValueError("layers must rise")
+        if len({segment.kind for segment in self.segments}) < len(self.segments):
+            raise ValueError("segments must be of different kinds")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok is more than num_experts {self.num_experts}")
         if self.num_experts * len(self.layers) > MAX_EXPERTS:

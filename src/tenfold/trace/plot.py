@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from tenfold.report.plots import STYLE, plt, svg
+from tenfold.report.plots import STYLE, svg
 from tenfold.trace.table import POLICIES
 
 COLORS = {"lru": "#4a90d9", "fitted": "#7a9e48", "lfu": "#e4572e", "belady": "#8a8f98"}
@@ -17,12 +18,10 @@ def draw(found: dict[str, Any]) -> str:
     height = 0.7 + 0.11 * len(found["layers"])
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(10, 3.2 + height * len(loads)), layout="constrained")
-        top, below = figure.subfigures(2, 1, height_ratios=[3.2, height * len(loads)])
-        hits, reuse, layers = top.subplots(1, 3)
-        _hit_rates(hits, found)
-        _reuse(reuse, found)
-        _layers(layers, found)
-        maps = below.subplots(len(loads), 1, sharex=True, squeeze=False)[:, 0]
+        grid = figure.add_gridspec(1 + len(loads), 3, height_ratios=[3.2, *[height] * len(loads)])
+        for column, part in enumerate((_hit_rates, _reuse, _layers)):
+            part(figure.add_subplot(grid[0, column]), found)
+        maps = [figure.add_subplot(grid[1 + n, :]) for n in range(len(loads))]
         most = max(2.0, *(float(load.max()) for load in loads.values()))
         for axis, (kind, load) in zip(maps, loads.items(), strict=True):
             image = axis.imshow(load, aspect="auto", cmap="magma", vmin=0, vmax=most)
@@ -30,7 +29,7 @@ def draw(found: dict[str, Any]) -> str:
             shown = range(0, len(load), -(-len(load) // 8))
             axis.set_yticks(shown, [f"layer {found['layers'][n]}" for n in shown])
         maps[-1].set_xlabel("expert")
-        below.colorbar(image, ax=maps, label="load (fair = 1)")
+        figure.colorbar(image, ax=maps, label="load (fair = 1)")
         return svg(figure)
 
 
@@ -63,5 +62,6 @@ def _layers(axis: Axes, found: dict[str, Any]) -> None:
         )
     axis.set(xlabel="layer", ylabel="% of a token's experts")
     axis.set_ylim(0, 100)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.2)
     axis.legend(frameon=False)

@@ -12,10 +12,11 @@ from tenfold import compiled
 from tenfold.config import ModelConfig
 from tenfold.device import one_torch_thread
 from tenfold.engine.packed import PackedRunner
-from tenfold.model.moe import SparseMoE
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel
 
+NORM = "post_attention_layernorm"
+"""What stands between the halves of a layer."""
 Route = Callable[[int], Tensor]
 """The experts (T, K) that a layer's router chooses of the residual stream as it is now."""
 
@@ -46,10 +47,9 @@ class RoutingRunner(PackedRunner):
     def __init__(self, model: PackedModel, capacity: int, look: Callable[[int, Route], None]):
         super().__init__(model, 1, capacity)
         self._look = look
-        prefix = "layers.{}.mlp.router."
-        self._routers = {n: self._native.router(prefix.format(n)) for n in self.config.sparse_layers}
-        norm = "layers.{}.post_attention_layernorm.weight"
-        self._norms = {n: self._native.address(norm.format(n)) for n in self._routers}
+        sparse = self.config.sparse_layers
+        self._routers = {n: self._native.router(f"layers.{n}.mlp.router.") for n in sparse}
+        self._norms = {n: self._native.address(f"layers.{n}.{NORM}.weight") for n in sparse}
         self._attentions = [
             compiled.module().Decoder(
                 layers=[layer], keys=[key.data_ptr()], values=[value.data_ptr()], capacity=self.capacity
@@ -109,10 +109,8 @@ def _looking(model: Transformer, routes: Routes) -> Iterator[None]:
     def before_norm(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _, inputs: routes.look(layer, lambda n: _route(model, n, inputs[0]))
 
-    hooks = [
-        layer.post_attention_layernorm.register_forward_pre_hook(before_norm(n))
-        for n, layer in enumerate(model.layers)
-    ]
+    norms = [model.get_submodule(f"layers.{n}.{NORM}") for n in range(model.config.num_hidden_layers)]
+    hooks = [norm.register_forward_pre_hook(before_norm(n)) for n, norm in enumerate(norms)]
     try:
         yield
     finally:
@@ -121,8 +119,6 @@ def _looking(model: Transformer, routes: Routes) -> Iterator[None]:
 
 
 def _route(model: Transformer, n: int, x_BSD: Tensor) -> Tensor:
-    layer = model.layers[n]
-    assert isinstance(layer.mlp, SparseMoE)
-    normed_BSD = layer.post_attention_layernorm.forward(x_BSD)  # not called, for that would look again
-    ids_TK: Tensor = layer.mlp.router(normed_BSD)[2].expert_ids_TK
+    norm, router = (model.get_submodule(f"layers.{n}.{name}") for name in (NORM, "mlp.router"))
+    ids_TK: Tensor = router(norm.forward(x_BSD))[2].expert_ids_TK  # norm(x) would look again
     return ids_TK

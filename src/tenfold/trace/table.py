@@ -11,11 +11,8 @@ POLICIES = {"lru": "LRU", "fitted": "LRU, fitted", "lfu": "LFU", "belady": "opti
 
 def table(found: dict[str, Any]) -> Table:
     """Hit rates by memory, and below them what the routers' choices have in common."""
-    experts = (
-        f"{found['num_experts_per_tok']} of {found['num_experts']} experts in {len(found['layers'])} layers"
-    )
-    size = f"{found['tokens']:,} tokens, {of} in {len(found['layers'])} layers"
-    title = Text(f"{found['model']}: {size}")
+    of = f"{found['num_experts_per_tok']} of {found['num_experts']} experts in {len(found['layers'])} layers"
+    title = Text(f"{found['model']}: {found['tokens']:,} tokens, {of}")
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, caption=_caption(found))
     made.caption_justify = "left"
     for name in ("experts in memory", "MB", *POLICIES.values()):
