@@ -5,6 +5,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from tenfold.report.plots import STYLE, svg
 from tenfold.trace.table import POLICIES
@@ -62,6 +63,6 @@ def _layers(axis: Axes, found: dict[str, Any]) -> None:
         )
     axis.set(xlabel="layer", ylabel="% of a token's experts")
     axis.set_ylim(0, 100)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.2)
     axis.legend(frameon=False)

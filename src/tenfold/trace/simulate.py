@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tenfold.trace.file import Ids
 
-HALF_LIFE = 64
+HALF_LIFE = 32
 """Tokens after which a use counts half for `lfu`."""
 LARGEST = 1e100
 """Of the counts that `lfu` works with, which only grow until they are scaled back."""
