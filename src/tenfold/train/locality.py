@@ -10,15 +10,17 @@ MEMORY_TOKENS = 8
 
 
 def locality_loss(aux: RouterAux) -> Tensor:
-    """The share of a token's probability that goes to experts not used of late, from 0 to 1.
+    """How little of a token's probability goes to experts that its own text, more than others, used of late.
 
-    1 - mean_t Σ_e P_te R_te, where R_te, the recent use, is the exponentially weighted share of the tokens
-    before t in its sequence that chose e: what a store that lets go of the least used holds, but smooth.
-    The gradient reaches P alone: tokens are drawn to what was used, not the past to what is to come.
+    1 - mean_t Σ_e P_te (R_te - R_e). R_te, the recent use, is the exponentially weighted share of the tokens
+    before t in its sequence that chose e, which is what a store that lets go of the least used holds, but
+    smooth; R_e is its mean over the batch. Without it the least loss would be that of a router that chooses
+    the same few experts for all. The gradient reaches P alone: tokens are drawn to what was used before them.
     """
     probs_BSE = aux.probs_TE.unflatten(0, (aux.batch, -1))
     with torch.no_grad():
         recent_BSE = _decay(probs_BSE.shape[1], probs_BSE) @ _chosen(aux).view_as(probs_BSE)
+        recent_BSE -= recent_BSE.mean((0, 1))
     reused_BS: Tensor = (probs_BSE * recent_BSE).sum(-1)
     return 1 - reused_BS.mean()
 
