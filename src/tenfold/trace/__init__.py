@@ -26,15 +26,20 @@ def trace(
         raise TenfoldError(f"{out} is there already: choose another --out")
     if picture is not None and picture.suffix != ".svg":
         raise TenfoldError(f"--plot {picture}: name a file that ends in .svg")
+    from rich.console import Console
+
     from tenfold.trace.analysis import analyse
     from tenfold.trace.file import load, save
     from tenfold.trace.record import record
 
+    console = Console(stderr=True)
     if out is None:
-        found = analyse(load(Path(model)))
+        recorded = load(Path(model))
     else:
-        recorded = record(model, data, tokens)
+        with console.status("the model is reading"):
+            recorded = record(model, data, tokens)
         save(recorded, out)
+    with console.status("working out what stores would have held"):
         found = analyse(recorded)
     if picture is not None:
         from tenfold.files import write_text

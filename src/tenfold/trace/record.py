@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from tenfold.checkpoint.pack.record import record_bytes
@@ -31,12 +30,11 @@ def record(path_or_id: str, sources: Sequence[str], tokens: int) -> Trace:
     Each source, as `train` takes them, is a kind of text, and all have equal shares of the tokens; one that
     is shorter ends early. Raises TenfoldError for sources without text and models without experts.
     """
-    with Console(stderr=True).status("the model is reading"):
-        model, tokenizer = load_model_and_tokenizer(path_or_id)
-        share = -(-tokens // len(sources))
-        size = min(WINDOW, decoder_only(model.config, path_or_id).max_position_embeddings)
-        texts = {source: list(_windows(source, tokenizer, share, size)) for source in sources}
-        return trace_of(model, path_or_id, texts)
+    model, tokenizer = load_model_and_tokenizer(path_or_id)
+    share = -(-tokens // len(sources))
+    size = min(WINDOW, decoder_only(model.config, path_or_id).max_position_embeddings)
+    texts = {source: list(_windows(source, tokenizer, share, size)) for source in sources}
+    return trace_of(model, path_or_id, texts)
 
 
 def trace_of(model: AnyModel, name: str, windows: dict[str, list[Tensor]]) -> Trace:
