@@ -23,7 +23,7 @@ from tenfold.engine.packed import PackedRunner
 from tenfold.errors import TenfoldError
 from tenfold.formats import Packing
 from tenfold.model.transformer import Transformer
-from tenfold.packed import packed_of
+from tenfold.packed import load_packed, packed_of, read_packed
 from tenfold.tokenizer import Tokenizer, train_bpe
 from tenfold.trace import simulate
 from tenfold.trace.analysis import analyse
@@ -219,21 +219,19 @@ def test_lfu_is_what_a_plain_simulation_says(
 def test_no_policy_beats_the_optimum(given_calls: tuple[int, Ids], slots: int) -> None:
     E, ids_TLK = given_calls
     calls_CK = simulate.calls_of(ids_TLK[:6], E)
-    slots = max(slots, calls_CK.shape[1])
     assert simulate.belady(calls_CK, slots) == exhaustive(calls_CK.tolist(), slots)
 
 
 def exhaustive(calls: list[list[int]], slots: int) -> int:
-    """The most hits of all ways to let go: every store that can be there after each call."""
+    """The most hits of all ways to choose what stays after each call."""
     best: dict[frozenset[int], int] = {frozenset(): 0}
     for call in calls:
         after: dict[frozenset[int], int] = {}
         for held, hits in best.items():
-            others, now = held - set(call), hits + len(held & set(call))
-            room = min(len(others), slots - len(call))
-            for kept in itertools.combinations(sorted(others), room):
-                store = frozenset({*kept, *call})
-                after[store] = max(after.get(store, 0), now)
+            there = sorted(held | set(call))
+            for kept in itertools.combinations(there, min(slots, len(there))):
+                now = hits + len(held & set(call))
+                after[frozenset(kept)] = max(after.get(frozenset(kept), 0), now)
         best = after
     return max(best.values())
 
@@ -389,6 +387,20 @@ def test_a_trace_is_recorded_and_read(
         assert max(row["lru"], row["fitted"], row["lfu"]) <= row["belady"] <= 1
     rates = [row["belady"] for row in found["hit_rate"]]
     assert rates == sorted(rates)
+
+
+@needs_kernels
+def test_a_trace_warms_the_store_of_its_model(folder: Path, tmp_path: Path) -> None:
+    """Recorded while experts are streamed, as while they are resident; then the hottest are read first."""
+    resident, streamed = load_packed(folder / "packed"), read_packed(folder / "packed", 5)
+    texts = {"a": windows(build(SHAPE), 40)}
+    save(trace_of(resident, "t", texts), tmp_path / "a")
+    save(trace_of(streamed, "t", texts), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    order, store = hottest(tmp_path / "a", resident.config), read_packed(folder / "packed", 5).store
+    assert store is not None
+    store.warm(order)
+    assert store.meter().bytes_read == 5 * store.record_bytes
 
 
 BAD = [

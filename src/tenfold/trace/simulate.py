@@ -1,7 +1,6 @@
 """What a store of so many experts would have held of what a trace asks for: hits, by policy.
 
-A call is one token at one layer: its K experts are wanted at once, and none of them makes room for another.
-Every expert that is missed is read, and stays until it has to make room. Stores begin empty.
+A call is one token at one layer, which wants its K experts at once. Stores begin empty.
 """
 
 from heapq import heappop, heappush
@@ -71,7 +70,9 @@ def calls_of(ids_TLK: Ids, num_experts: int) -> npt.NDArray[np.int64]:
 def lfu(calls_CK: npt.NDArray[np.int64], layers: int, slots: int, half_life: float = HALF_LIFE) -> int:
     """Hits of one store for all layers that lets go what was used least, old uses counting less.
 
-    A use counts half after every `half_life` tokens.
+    A use counts half after every `half_life` tokens. What is read stays until it has to make room, which the
+    experts of one call do not for each other. csrc/slots.cpp does the same, and among equals lets go first
+    what its layer's turn will come to last.
     """
     uses = [0.0] * (int(calls_CK.max()) + 1)
     held = bytearray(len(uses))
@@ -117,28 +118,26 @@ def _let_go(
 
 
 def belady(calls_CK: npt.NDArray[np.int64], slots: int) -> int:
-    """Hits of one store for all layers that lets go what is used again last: no policy has more.
+    """Hits of one store for all layers that keeps after each call what is used again soonest.
 
-    (Belady 1966, "A study of replacement algorithms for a virtual-storage computer".)
+    No policy has more, not even one that need not keep what it has just read (Belady 1966, "A study of
+    replacement algorithms for a virtual-storage computer").
     """
     next_use = [-1] * (int(calls_CK.max()) + 1)  # of what is held, else -1
     heap: list[tuple[int, int]] = []  # of what is held, the last used again first, with much that is outdated
-    hits, free = 0, slots
+    hits, held = 0, 0
     for call, after in zip(calls_CK.tolist(), next_uses(calls_CK).tolist(), strict=True):
-        missing = [expert for expert in call if next_use[expert] < 0]
-        hits += len(call) - len(missing)
-        wanted = set(call)
-        while free < len(missing) and heap:
-            due, expert = heappop(heap)
-            if expert not in wanted and next_use[expert] == -due:
-                next_use[expert] = -1
-                free += 1
-        left_out = set(missing[free:])
-        free -= len(missing) - len(left_out)
+        there = sum(next_use[expert] >= 0 for expert in call)
+        hits += there
+        held += len(call) - there
         for expert, due in zip(call, after, strict=True):
-            if expert not in left_out:
-                next_use[expert] = due
-                heappush(heap, (-due, expert))
+            next_use[expert] = due
+            heappush(heap, (-due, expert))
+        while held > slots:
+            due, expert = heappop(heap)
+            if next_use[expert] == -due:
+                next_use[expert] = -1
+                held -= 1
     return hits
 
 
