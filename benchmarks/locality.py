@@ -1,6 +1,6 @@
 """What does a router give up so that tokens reuse experts, and what is gained when experts are streamed?
 
-    python benchmarks/locality.py [--weights 0 0.1 0.3 1] [--tokens 2000000] [--seed 0] [--json]
+    python benchmarks/locality.py [--weights 0 0.3 0.5 1] [--tokens 2000000] [--seed 0] [--json]
 
 Trains the demo's sparse model once for each weight of the locality loss, about two minutes each on two
 cores, then traces it on held-out text. "ours" is the share of uses that find their expert in memory, with
@@ -41,7 +41,7 @@ def trained(settings: TrainSettings, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Loss against hit rate, by weight of the locality loss.")
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 0.3, 1.0])
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.3, 0.5, 1.0])
     parser.add_argument("--tokens", type=int, default=TrainSettings().tokens)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")

@@ -300,7 +300,7 @@ def trace(
     /,
     *,
     data: list[str] | None = None,
-    tokens: Tokens = 4096,
+    tokens: Tokens = 2048,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     plot: Path | None = None,
     json: Json = False,

@@ -47,6 +47,7 @@ def hit_rates(trace: Trace, memory: Sequence[float] = MEMORY) -> list[dict[str, 
     all_slots = [max(1, round(share * layers * E)) for share in memory]
     hits_LC = simulate.lru_hits(simulate.reuse_distances(ids_TLK, E), E)
     fitted = simulate.fitted_lru(hits_LC, max(all_slots))
+    lfu = simulate.lfu(ids_TLK, E, all_slots)
     calls_CK = simulate.calls_of(ids_TLK, E)
     return [
         {
@@ -55,10 +56,10 @@ def hit_rates(trace: Trace, memory: Sequence[float] = MEMORY) -> list[dict[str, 
             "bytes": slots * trace.header.expert_bytes,
             "lru": simulate.equal_lru(hits_LC, slots) / ids_TLK.size,
             "fitted": int(fitted[slots]) / ids_TLK.size,
-            "lfu": simulate.lfu(calls_CK, layers, slots) / ids_TLK.size,
+            "lfu": lfu_hits / ids_TLK.size,
             "belady": simulate.belady(calls_CK, slots) / ids_TLK.size,
         }
-        for share, slots in zip(memory, all_slots, strict=True)
+        for share, slots, lfu_hits in zip(memory, all_slots, lfu, strict=True)
     ]
 
 

@@ -3,7 +3,8 @@
 A call is one token at one layer, which wants its K experts at once. Stores begin empty.
 """
 
-from heapq import heappop, heappush
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,8 @@ from tenfold.trace.file import Ids
 
 HALF_LIFE = 32
 """Tokens after which a use counts half for `lfu`."""
-LARGEST = 1e100
-"""Of the counts that `lfu` works with, which only grow until they are scaled back."""
+RARE = 1e-6
+"""Uses of an expert that no token chose, as far as is remembered."""
 
 
 def reuse_distances(ids_TLK: Ids, num_experts: int) -> npt.NDArray[np.int64]:
@@ -67,54 +68,49 @@ def calls_of(ids_TLK: Ids, num_experts: int) -> npt.NDArray[np.int64]:
     return (ids_TLK + first_L1).reshape(-1, top_k)
 
 
-def lfu(calls_CK: npt.NDArray[np.int64], layers: int, slots: int, half_life: float = HALF_LIFE) -> int:
-    """Hits of one store for all layers that lets go what was used least, old uses counting less.
+def lfu(ids_TLK: Ids, num_experts: int, all_slots: Sequence[int], half_life: float = HALF_LIFE) -> list[int]:
+    """Hits, for each number of slots, of one store for all layers that lets go what is likely used again last.
 
-    A use counts half after every `half_life` tokens. What is read stays until it has to make room, which the
-    experts of one call do not for each other. csrc/slots.cpp does the same, and among equals lets go first
-    what its layer's turn will come to last.
+    As csrc/slots.cpp: a token chooses an expert with the probability that recent ones did, one counting half
+    `half_life` tokens later, when its layer's turn comes. What is read stays until it has to make room, which
+    the experts of one call do not for each other.
     """
-    uses = [0.0] * (int(calls_CK.max()) + 1)
-    held = bytearray(len(uses))
-    heap: list[tuple[float, int]] = []  # what is held, by its uses when they were last looked at
-    growth, weight, hits, free = 2 ** (1 / half_life), 1.0, 0, slots
-    for number, call in enumerate(calls_CK.tolist()):
-        if number % layers == 0:
-            weight *= growth  # the uses to come count more: in proportion, that those before count less
-            if weight > LARGEST:
-                uses = [use / weight for use in uses]
-                heap = [(use / weight, expert) for use, expert in heap]
-                weight = 1.0
-        for expert in call:
-            uses[expert] += weight
-        missing = [expert for expert in call if not held[expert]]
-        hits += len(call) - len(missing)
-        if free < len(missing):
-            free += _let_go(heap, uses, held, set(call), len(missing) - free)
-        for expert in missing[:free]:
-            held[expert] = True
-            heappush(heap, (uses[expert], expert))
-        free -= min(free, len(missing))
+    calls_CK, layers = calls_of(ids_TLK, num_experts), ids_TLK.shape[1]
+    uses_LE, tokens_L = np.zeros((layers, num_experts)), np.zeros(layers)
+    held = np.zeros((len(all_slots), uses_LE.size), bool)
+    hits, free, fade = [0] * len(all_slots), list(all_slots), 0.5 ** (1 / half_life)
+    for number, call_K in enumerate(calls_CK):
+        layer = number % layers
+        uses_LE[layer] *= fade
+        uses_LE.ravel()[call_K] += 1
+        tokens_L[layer] = tokens_L[layer] * fade + 1
+        turns_L = (np.arange(layers) - layer - 1) % layers / layers
+        wait_LE = tokens_L[:, None] / np.maximum(uses_LE, RARE) + turns_L[:, None]
+        for store, held_N in enumerate(held):
+            missing = call_K[~held_N[call_K]]
+            hits[store] += len(call_K) - len(missing)
+            if len(missing) > free[store]:
+                free[store] += _let_go(held_N, wait_LE.ravel(), call_K, len(missing) - free[store])
+            held_N[missing[: free[store]]] = True
+            free[store] -= min(free[store], len(missing))
     return hits
 
 
 def _let_go(
-    heap: list[tuple[float, int]], uses: list[float], held: bytearray, wanted: set[int], count: int
+    held_N: npt.NDArray[np.bool_],
+    wait_N: npt.NDArray[np.float64],
+    wanted_K: npt.NDArray[np.int64],
+    count: int,
 ) -> int:
-    """Let the `count` least used go that are not wanted now; how many there were."""
-    kept, gone = [], 0
-    while heap and gone < count:
-        seen, expert = heappop(heap)
-        if expert in wanted:
-            kept.append((uses[expert], expert))
-        elif seen < uses[expert]:
-            heappush(heap, (uses[expert], expert))
-        else:
-            held[expert] = False
-            gone += 1
-    for entry in kept:
-        heappush(heap, entry)
-    return gone
+    """Let the `count` that have longest to wait go, of those not wanted now; how many there were."""
+    waiting_N = np.where(held_N, wait_N, 0)
+    waiting_N[wanted_K] = 0
+    for gone in range(count):
+        last = waiting_N.argmax()
+        if waiting_N[last] == 0:
+            return gone
+        held_N[last], waiting_N[last] = False, 0
+    return count
 
 
 def belady(calls_CK: npt.NDArray[np.int64], slots: int) -> int:
@@ -124,20 +120,23 @@ def belady(calls_CK: npt.NDArray[np.int64], slots: int) -> int:
     replacement algorithms for a virtual-storage computer").
     """
     next_use = [-1] * (int(calls_CK.max()) + 1)  # of what is held, else -1
-    heap: list[tuple[int, int]] = []  # of what is held, the last used again first, with much that is outdated
+    # Of what is held, the last used again first. Entries for uses that are past come after all others.
+    heap: list[tuple[int, int]] = []
     hits, held = 0, 0
-    for call, after in zip(calls_CK.tolist(), next_uses(calls_CK).tolist(), strict=True):
+    for call_K, after_K in zip(calls_CK, next_uses(calls_CK), strict=True):
+        call = call_K.tolist()
         there = sum(next_use[expert] >= 0 for expert in call)
         hits += there
         held += len(call) - there
-        for expert, due in zip(call, after, strict=True):
+        for expert, due in zip(call, after_K.tolist(), strict=True):
             next_use[expert] = due
             heappush(heap, (-due, expert))
         while held > slots:
-            due, expert = heappop(heap)
-            if next_use[expert] == -due:
-                next_use[expert] = -1
-                held -= 1
+            next_use[heappop(heap)[1]] = -1
+            held -= 1
+        if len(heap) > 4 * len(next_use):
+            heap = [(-due, expert) for expert, due in enumerate(next_use) if due >= 0]
+            heapify(heap)
     return hits
 
 
