@@ -82,7 +82,8 @@ void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, i
     const Router& router = feed_forward.router;
     std::vector<int32_t> ids(static_cast<size_t>(tokens) * router.top_k);
     std::vector<float> weights(ids.size());
-    route(pool, kernels, router, normed(pool, kernels, post_norm, x, tokens).data(), tokens, ids.data(), weights.data());
+    const std::vector<float> in = normed(pool, kernels, post_norm, x, tokens);
+    route(pool, kernels, router, in.data(), tokens, ids.data(), weights.data());
     experts.store->foresee(experts.layer, ids);
 }
 

@@ -45,11 +45,20 @@ Pool& pool() {
 
 // A fork waits for the call under way; its child has none of the threads, and makes its own when it needs them.
 void prepare_for_forks() {
-    pthread_atfork([] { one_call.lock(); }, [] { one_call.unlock(); },
-                   [] {
-                       static_cast<void>(the_pool.release());
-                       one_call.unlock();
-                   });
+    pthread_atfork(
+        [] {
+            one_call.lock();
+            Store::before_fork();
+        },
+        [] {
+            Store::after_fork(false);
+            one_call.unlock();
+        },
+        [] {
+            Store::after_fork(true);
+            static_cast<void>(the_pool.release());
+            one_call.unlock();
+        });
 }
 
 double seconds_since(std::chrono::steady_clock::time_point start) {

@@ -1,38 +1,18 @@
 // The experts of a model that need not fit in memory: some in slots, all in files, read as they are wanted.
 #pragma once
 
-#include <memory>
 #include <string>
 #include <vector>
 
-#include "file.hpp"
+#include "readers.hpp"
 #include "trial.hpp"
 
 namespace tenfold {
 
-struct StoredLayer {
-    int number = 0;                   // among the layers of the model
-    int file = 0;                     // among those of the store
-    uint64_t offset = 0;              // of the first record; the others follow
-    size_t record_bytes = 0;
-    std::vector<uint32_t> checksums;  // CRC-32 of each expert's record
-};
-
-struct StoreMeter {
-    uint64_t hits = 0, misses = 0;  // experts that a call wanted and that were in memory, or not yet
-    uint64_t bytes_read = 0;
-    double wait_seconds = 0;
-    uint64_t prefetched = 0, prefetched_used = 0;
-};
-
-// A call has waited long: let Python hear of signals, and make it again. What it wants is still being read.
-struct Stalled {};
-
-// Every record is checked against its checksum before it is used. Readers of its own fill the slots, what a
-// call wants first, what a prediction wants when there is nothing else to read.
+// Every record is checked against its checksum before it is used. A forked process finds no expert in memory.
 class Store {
 public:
-    // Two slots or more; fewer than records. Throws ReadError, or std::bad_alloc.
+    // At least two slots. Throws ReadError, or std::bad_alloc.
     Store(const std::vector<std::string>& files, std::vector<StoredLayer> layers, size_t slots);
     ~Store();
     Store(const Store&) = delete;
@@ -43,16 +23,17 @@ public:
     void foresee(int layer, const std::vector<int32_t>& ids);
     StoreMeter meter();
 
+    // No store changes in between. The child leaves its readers behind, for it has none of their threads.
+    static void before_fork();
+    static void after_fork(bool in_child);
+
     Trial look_ahead;
 
 private:
     friend class Visit;
-    class Readers;
     Readers& readers();
-    static void forget_readers();  // in the child of a fork, which has none of the threads
 
-    std::vector<std::unique_ptr<File>> files_;
-    std::vector<StoredLayer> layers_;
+    Records records_;
     size_t slots_;
     Readers* readers_ = nullptr;
 };
@@ -73,7 +54,7 @@ public:
     const uint8_t* record(size_t index) const;
 
 private:
-    Store::Readers& readers_;
+    Readers& readers_;
     int layer_;
     std::vector<int32_t> experts_;
     size_t released_ = 0, ready_ = 0;

@@ -6,6 +6,7 @@ https://github.com/huggingface/safetensors#format
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
@@ -63,6 +64,8 @@ def list_file(path: Path) -> dict[str, RawTensor]:
     """
     try:
         with path.open("rb") as file:
+            if hasattr(os, "posix_fadvise"):  # what is read ahead of a header would stay in the page cache
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             spans, data, metadata = _read_header(file, path)
     except OSError as error:
         raise TenfoldError(f"{path}: cannot read it: {error.strerror or error}") from None

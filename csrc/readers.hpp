@@ -1,0 +1,102 @@
+// Threads that bring records into slots: what the call under way wants first, what a prediction wants when there
+// is nothing else to read.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "file.hpp"
+#include "slots.hpp"
+
+namespace tenfold {
+
+struct StoredLayer {
+    int number = 0;                   // among the layers of the model
+    int file = 0;                     // among those of the store
+    uint64_t offset = 0;              // of the first record; the others follow
+    size_t record_bytes = 0;
+    std::vector<uint32_t> checksums;  // CRC-32 of each expert's record
+};
+
+struct Records {
+    std::vector<std::unique_ptr<File>> files;
+    std::vector<StoredLayer> layers;
+};
+
+struct StoreMeter {
+    uint64_t hits = 0, misses = 0;  // experts that a call wanted and that were in memory, or not yet
+    uint64_t bytes_read = 0;
+    double wait_seconds = 0;
+    uint64_t prefetched = 0, prefetched_used = 0;
+};
+
+// A call has waited long: let Python hear of signals, and make it again. What it wants is still being read.
+struct Stalled {};
+
+// With the slots, everything that a forked process must make anew. One call demands, awaits, releases and
+// dismisses at a time.
+class Readers {
+public:
+    // Throws ReadError, or std::bad_alloc.
+    Readers(const Records& records, size_t slots);
+    ~Readers();
+
+    void foresee(int layer, const std::vector<int32_t>& ids);
+    StoreMeter meter();
+
+    // The experts that tokens chose, those in memory first, then those on their way. They stay, once here.
+    std::vector<int32_t> demand(int layer, const int32_t* ids, int tokens, int top_k);
+    // Waits for expert number `first` of those, and says up to which one all are here. Throws ReadError, Stalled.
+    size_t await(int layer, const std::vector<int32_t>& experts, size_t first);
+    // Experts [first, end) may go.
+    void release(int layer, const std::vector<int32_t>& experts, size_t first, size_t end);
+    // So may all but the first `released`, which have gone, and no more need come.
+    void dismiss(int layer, const std::vector<int32_t>& experts, size_t released, bool complete);
+    // Where one is that is here.
+    const uint8_t* record(int layer, int expert) const { return address(slots_.find(layer, expert)); }
+
+private:
+    struct Wanted {
+        int layer, expert;
+    };
+    struct Reading {
+        Wanted wanted;
+        int slot;
+        bool demanded;  // by the call under way
+        size_t size, taken = 0, left = size;
+        std::string error = {};
+    };
+
+    void serve();
+    Reading* next();
+    Reading* begin(std::deque<Wanted>& queue, bool demanded);
+    std::string read_piece(const Reading& reading, size_t at, size_t size) const;
+    std::string check(const Reading& reading) const;
+    void finish(Reading& reading, std::unique_lock<std::mutex>& lock);
+    void wake();
+
+    std::string name(const Wanted& wanted) const;
+    uint8_t* address(int slot) const { return arena_.get() + slot * stride_; }
+
+    const Records& records_;
+    const size_t stride_;
+    const Arena arena_;
+    std::mutex mutex_;  // it guards what follows
+    std::condition_variable work_, arrived_;
+    Slots slots_;
+    std::deque<Wanted> demanded_, predicted_, announced_;
+    std::list<Reading> readings_;
+    std::string failure_;  // of what the call under way demanded
+    double patience_;
+    StoreMeter meter_;
+    bool stop_ = false;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace tenfold
