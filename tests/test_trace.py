@@ -211,7 +211,7 @@ def test_lfu_is_what_a_plain_simulation_says(
         weights = [0.5 ** ((age - ages[-1]) / half_life) for age in ages]
         chosen = [expert in calls[n] for n in range(number + 1) if n % layers == layer]
         chance = sum(w for w, c in zip(weights, chosen, strict=True) if c) / sum(weights)
-        return round((layer - now - 1) % layers / layers + 1 / chance, 9)
+        return round((layer - now - 1) % layers / layers + 1 / max(chance, simulate.RARE), 9)
 
     wanted = plainly(calls, slots, lambda number, expert: -wait(number, expert))
     assert simulate.lfu(ids_TLK, E, [slots], half_life) == [wanted]

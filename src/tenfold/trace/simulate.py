@@ -12,9 +12,9 @@ import numpy.typing as npt
 from tenfold.trace.file import Ids
 
 HALF_LIFE = 32
-"""Tokens after which a use counts half for `lfu`."""
+"""Tokens after which a use counts half for `lfu`: 16 to 64 are alike, and best, on demo models (LOG.md)."""
 RARE = 1e-6
-"""Uses of an expert that no token chose, as far as is remembered."""
+"""The chance of an expert that no token chose, as far as is remembered."""
 
 
 def reuse_distances(ids_TLK: Ids, num_experts: int) -> npt.NDArray[np.int64]:
@@ -69,7 +69,7 @@ def calls_of(ids_TLK: Ids, num_experts: int) -> npt.NDArray[np.int64]:
 
 
 def lfu(ids_TLK: Ids, num_experts: int, all_slots: Sequence[int], half_life: float = HALF_LIFE) -> list[int]:
-    """Hits, for each number of slots, of one store for all layers that lets go what is likely used again last.
+    """Hits, for each number of slots, of a store for all layers that lets go what is likely used again last.
 
     As csrc/slots.cpp: a token chooses an expert with the probability that recent ones did, one counting half
     `half_life` tokens later, when its layer's turn comes. What is read stays until it has to make room, which
@@ -85,7 +85,8 @@ def lfu(ids_TLK: Ids, num_experts: int, all_slots: Sequence[int], half_life: flo
         uses_LE.ravel()[call_K] += 1
         tokens_L[layer] = tokens_L[layer] * fade + 1
         turns_L = (np.arange(layers) - layer - 1) % layers / layers
-        wait_LE = tokens_L[:, None] / np.maximum(uses_LE, RARE) + turns_L[:, None]
+        chance_LE = uses_LE / np.maximum(tokens_L, 1)[:, None]
+        wait_LE = 1 / np.maximum(chance_LE, RARE) + turns_L[:, None]
         for store, held_N in enumerate(held):
             missing = call_K[~held_N[call_K]]
             hits[store] += len(call_K) - len(missing)
