@@ -10,8 +10,8 @@
 namespace tenfold {
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
-// What a use counts for after one more token: half after 138.
-constexpr double FADING = 0.995;
+// Tokens after which a use counts half, as in tenfold/trace/simulate.py.
+constexpr double HALF_LIFE = 32;
 // Of an expert that no token chose, as far as is remembered.
 constexpr double RARE = 1e-6;
 
@@ -38,7 +38,7 @@ Slots::Slots(const std::vector<int>& experts, size_t count) : slots_(count) {
 void Slots::count(int layer, const std::vector<int>& uses, int tokens) {
     layer_ = layer;
     Frequency& frequency = frequencies_[layer];
-    const double faded = std::pow(FADING, tokens);
+    const double faded = std::exp2(-tokens / HALF_LIFE);
     for (size_t e = 0; e < uses.size(); e++) {
         frequency.uses[e] = frequency.uses[e] * faded + uses[e];
         if (places_[layer][e] >= 0) slots_[places_[layer][e]].foreseen = false;
