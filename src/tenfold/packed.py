@@ -16,6 +16,7 @@ from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.formats import ExpertsFormat, Packing, RestFormat
 from tenfold.hub import resolve
+from tenfold.memory import Plan
 from tenfold.model.transformer import Transformer
 from tenfold.panels import pack_matrix
 
@@ -52,6 +53,8 @@ class PackedModel:
     config: ModelConfig
     weights: dict[str, Weight]
     """By the names of our model's state_dict; `layers.3.mlp.experts` stands for gate_up and down."""
+    plan: Plan | None = None
+    """What a memory budget leaves for running it; None is no limit."""
 
 
 def packed_matrix(weights_NK: Tensor, form: str) -> PackedMatrix:
