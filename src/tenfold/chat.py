@@ -90,7 +90,7 @@ def load_chat(
     memory: int | None = None,
     context: int = USUAL_CONTEXT,
 ) -> Chat:
-    """A conversation with a model on disk; `memory` is as `load_generation`'s, and `context` what it plans for."""
+    """A conversation with a model on disk; `memory` is `load_generation`'s, `context` what it plans for."""
     return Chat(*load_model_and_tokenizer(model, memory, context, TEMPLATE_BYTES), params, system, model)
 
 

@@ -38,8 +38,8 @@ Memory = Annotated[
     int | None,
     Parameter(
         converter=lambda _, tokens: parse_size(tokens[0].value),
-        help="all that the process may hold, such as 8GiB: of a packed model, experts that do not fit are read"
-        " from disk as they are wanted; by default what is free, less a margin",
+        help="all that the process may hold, such as 8GiB: experts of a packed model that do not fit are read"
+        " from disk when they are wanted; by default what is free, less a margin",
     ),
 ]
 Resume = Annotated[bool, Parameter(negative="", help="go on with the run that is in --out")]

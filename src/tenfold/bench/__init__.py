@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 def bench(model: str | None, settings: BenchSettings) -> dict[str, Any]:
     """The figures that `tenfold bench --json` prints; their names are stable.
 
-    With memory budgets, the model within each of them. Without a model and a shape, the machine's
-    ceilings alone. The model is measured first and let go, because the ceilings take memory of their own. Raises TenfoldError for settings that contradict each
-    other, and for a model that does not fit its context or the memory.
+    With memory budgets, the model within each of them; without a model and a shape, the machine's ceilings
+    alone. The model is measured first and let go, because the ceilings take memory of their own. Raises
+    TenfoldError for settings that contradict each other, and for a model that does not fit its context or
+    the memory.
     """
     from rich.console import Console
 

@@ -57,7 +57,7 @@ class BenchSettings(BaseModel):
 
     @property
     def budgets(self) -> list[int]:
-        """Of --memory, in bytes, the smallest first. TenfoldError for what is no size, nor a range of them."""
+        """Of --memory, in bytes, the smallest first. TenfoldError for what is no size or range."""
         found: set[int] = set()
         for text in self.memory:
             low, dots, high = text.partition("..")

@@ -14,23 +14,23 @@ from tenfold import compiled
 from tenfold.checkpoint.pack.layout import Experts, Matrix, Part
 from tenfold.checkpoint.pack.record import whole_pages
 from tenfold.config import ModelConfig
+from tenfold.engine.expert_store import LEAST_SLOTS
 from tenfold.engine.packed import BLOCK, PIECE
 from tenfold.errors import TenfoldError
 from tenfold.memory import Plan, available_bytes, peak_memory_bytes, resident_bytes, size
 from tenfold.model.attend import MAX_SCORES
 
 SYSTEM_BYTES = 48 << 20
-"""Code of libraries that is first touched while running, thread stacks, and the kernel's own for a process."""
+"""Libraries' code that is first touched while running, thread stacks, the kernel's own for a process."""
 SYSTEM_SHARE = 1 / 256
 """Of everything: page tables, a 512th in pages of 4 KiB, and as much again for what malloc rounds."""
 EXPERT_BYTES = 2048
 """For an expert's entry in the tables of what a file holds."""
-FEWEST_SLOTS = 2
 HUGE_PAGE = 2 << 20
 FREE_SHARE = 1 / 16
 """Of the free memory, left to others where no budget is named."""
 NAMED_STEP = 4 << 20
-"""The smallest budget that works is named in multiples of this: what a process takes differs a little each time."""
+"""The smallest budget is named in multiples of this: what a process takes differs a little each time."""
 
 
 class Room(NamedTuple):
@@ -59,7 +59,7 @@ def plan_memory(
     fixed = SYSTEM_BYTES + experts * EXPERT_BYTES + (HUGE_PAGE if experts else 0)
     scratch = scratch_bytes(config, room) + fixed + math.ceil(budget * SYSTEM_SHARE)
     needed = process + weights + kv_cache + scratch
-    fewest = min(FEWEST_SLOTS, experts)
+    fewest = min(LEAST_SLOTS, experts)
     plan = Plan(
         budget=budget,
         process=process,
@@ -90,7 +90,7 @@ def _too_small(plan: Plan, least: float) -> str:
         f"a memory budget of {size(plan.budget)} is too small: the smallest that works is {smallest >> 20}MiB"
         f" (process {size(plan.process)}, weights of every token {size(plan.weights)}, KV cache"
         f" {size(plan.kv_cache)} for {plan.batch} x {plan.context:,} tokens, scratch {size(plan.scratch)},"
-        f" two experts {size(FEWEST_SLOTS * plan.record)})"
+        f" two experts {size(LEAST_SLOTS * plan.record)})"
     )
 
 
@@ -150,7 +150,7 @@ def _latent_scratch(config: ModelConfig, room: Room, tokens: int) -> int:
 
 
 def _feed_forward_scratch(config: ModelConfig, tokens: int) -> int:
-    """csrc/experts.cpp: inputs and middles of all filled slots as floats and rounded; shared experts' alike."""
+    """csrc/experts.cpp: what goes in and through all filled slots, as floats and rounded; then shared ones."""
     D, F, K = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
     dense = max(config.intermediate_size, config.shared_width)
     sparse = tokens * (K * ((4 + 2) * (D + F) + 16) + 2 * 4 * config.num_experts) if config.is_sparse else 0

@@ -73,7 +73,7 @@ def no_budget(path: Path) -> str:
 def load_model_and_tokenizer(
     path_or_id: str | Path, memory: int | None = None, context: int = USUAL_CONTEXT, reserve: int = 0
 ) -> tuple[AnyModel, Tokenizer]:
-    """The model and the tokenizer of a directory, a .gguf file or a hub id, as `load_model_for` loads them."""
+    """The model, as `load_model_for` loads it, and the tokenizer of a directory, .gguf file or hub id."""
     path = resolve(path_or_id)
     tokenizer = load_tokenizer(path)
     return load_model_for(tokenizer, path, memory, context, reserve), tokenizer

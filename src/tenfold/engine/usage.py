@@ -11,7 +11,7 @@ from tenfold.engine.reading import Reading
 from tenfold.memory import Plan, peak_memory_bytes, size
 from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
-from tenfold.packed import PackedModel, StreamedExperts
+from tenfold.packed import PackedModel
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Usage:
         self._store: ExpertStore | None = None
         self._reading: Reading | None = None
         if isinstance(model, PackedModel):
-            self.plan, self._store = model.plan, store_of(model)
+            self.plan, self._store = model.plan, model.store
             self._reading = Reading.of(model.config, model.weights, batch)
 
     @contextmanager
@@ -108,8 +108,3 @@ def _line(costs: dict[str, float | None]) -> str:
         parts.append(f"{1e3 * (costs['disk_wait_seconds_per_token'] or 0):.1f} ms waiting for it")
     parts.append(f"{1e3 * (costs['compute_seconds_per_token'] or 0):.1f} ms computing")
     return f"{costs['tokens_per_second']:.3g} tokens/s; a token: {', '.join(parts)}"
-
-
-def store_of(model: PackedModel) -> ExpertStore | None:
-    """Where its experts come from, if they are streamed."""
-    return next((w.store for w in model.weights.values() if isinstance(w, StreamedExperts)), None)
