@@ -4,35 +4,68 @@
 #include <array>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 namespace tenfold {
 namespace {
 
-// The filled slots (token * top_k + k) in order of expert, then token.
-struct Routing {
-    std::vector<int32_t> active;    // experts with a token
-    std::vector<int32_t> first;     // of each active expert among the filled slots, and the end
-    std::vector<int32_t> token_of;  // of each filled slot
-    std::vector<int32_t> place_of;  // of each slot among the filled ones, or -1
+// Some active experts and the slots that each of them fills.
+struct Part {
+    std::vector<int32_t> experts;
+    std::vector<const uint8_t*> records;
+    std::vector<int32_t> first;     // of each expert among the slots here, and the end
+    std::vector<int32_t> token_of;  // of each slot here
+};
 
-    Routing(const int32_t* ids, int tokens, int top_k, int experts) : place_of(tokens * top_k, -1) {
-        std::vector<int32_t> next(experts + 1);
+// The filled slots (token * top_k + k) in a given order of experts, then of tokens.
+class Routing {
+public:
+    Routing(const int32_t* ids, int tokens, int top_k, int experts, std::vector<int32_t> order)
+        : order_(std::move(order)), first_(order_.size() + 1), place_of_(tokens * top_k, -1) {
+        std::vector<int32_t> next(experts);
         for (int s = 0; s < tokens * top_k; s++)
-            if (ids[s] >= 0) next[ids[s] + 1]++;
-        for (int e = 0; e < experts; e++)
-            if (next[e + 1]) active.push_back(e);
-        std::partial_sum(next.begin(), next.end(), next.begin());
-        for (int e : active) first.push_back(next[e]);
-        first.push_back(next.back());
-        token_of.resize(next.back());
+            if (ids[s] >= 0) next[ids[s]]++;
+        for (size_t g = 0; g < order_.size(); g++)
+            first_[g + 1] = first_[g] + std::exchange(next[order_[g]], first_[g]);
+        token_of_.resize(first_.back());
         for (int s = 0; s < tokens * top_k; s++)
             if (ids[s] >= 0) {
-                place_of[s] = next[ids[s]]++;
-                token_of[place_of[s]] = s / top_k;
+                place_of_[s] = next[ids[s]]++;
+                token_of_[place_of_[s]] = s / top_k;
             }
     }
+
+    size_t experts() const { return order_.size(); }
+    size_t filled() const { return token_of_.size(); }
+    size_t first(size_t group) const { return first_[group]; }
+    // Of a slot among the filled ones, or -1.
+    int32_t place_of(size_t slot) const { return place_of_[slot]; }
+
+    // The experts [begin, end) in the order; `record_of(index)` is where one is.
+    template <class RecordOf>
+    Part part(size_t begin, size_t end, const RecordOf& record_of) const {
+        Part part{{order_.begin() + begin, order_.begin() + end}, {}, {},
+                  {token_of_.begin() + first_[begin], token_of_.begin() + first_[end]}};
+        for (size_t g = begin; g < end; g++) part.records.push_back(record_of(g));
+        for (size_t g = begin; g <= end; g++) part.first.push_back(first_[g] - first_[begin]);
+        return part;
+    }
+
+private:
+    std::vector<int32_t> order_, first_, token_of_, place_of_;
 };
+
+// Those that a token chose, in order.
+std::vector<int32_t> active_experts(const int32_t* ids, int slots, int experts) {
+    std::vector<bool> chosen(experts);
+    for (int s = 0; s < slots; s++)
+        if (ids[s] >= 0) chosen[ids[s]] = true;
+    std::vector<int32_t> active;
+    for (int e = 0; e < experts; e++)
+        if (chosen[e]) active.push_back(e);
+    return active;
+}
 
 // Floats that are not initialised, and whose memory the next call gets again: mapping some 50 MB anew for
 // every layer of a prompt would take a tenth of its time.
@@ -70,23 +103,23 @@ private:
 
 class Call {
 public:
-    Call(Pool& pool, const Kernels& kernels, const Experts& layer, const Routing& routing)
-        : pool_(pool), kernels_(kernels), layer_(layer), routing_(routing),
+    Call(Pool& pool, const Kernels& kernels, const Experts& layer, const Part& part)
+        : pool_(pool), kernels_(kernels), layer_(layer), part_(part),
           dot_(kernels.dot[static_cast<int>(layer.format)]) {}
 
-    // Gate and up of every filled slot, and their product: (filled, F).
+    // Gate and up of every slot, and their product: (slots, F).
     void hidden(const float* x, float* out) const {
         const int F = layer_.width, pairs = panels_of(F), blocks = blocks_of(layer_.hidden);
         const size_t bytes = panel_bytes(layer_.format, layer_.hidden);
-        const Rounded tiles(pool_, kernels_, layer_.format, x, layer_.hidden, routing_.token_of, routing_.first);
+        const Rounded tiles(pool_, kernels_, layer_.format, x, layer_.hidden, part_.token_of, part_.first);
         const auto gate_at = [&](size_t item) {
-            return layer_.record(routing_.active[item / pairs]) + 2 * (item % pairs) * bytes;
+            return part_.records[item / pairs] + 2 * (item % pairs) * bytes;
         };
         const auto up_at = [&](size_t item) { return gate_at(item) + bytes; };
         each_panel(pairs, [&](size_t item, size_t end) {
             alignas(64) float gate[MAX_TOKENS * ROWS], up[MAX_TOKENS * ROWS], product[MAX_TOKENS * ROWS];
             const int group = static_cast<int>(item / pairs), p = static_cast<int>(item % pairs);
-            const int expert = routing_.active[group];
+            const int expert = part_.experts[group];
             const float* bias = layer_.gate_up_bias;
             if (bias) bias += static_cast<size_t>(expert) * 2 * F;
             const int row = p * ROWS, rows = std::min(ROWS, F - row);
@@ -109,21 +142,21 @@ public:
         });
     }
 
-    // Down of every filled slot, from `hidden`: (filled, D).
+    // Down of every slot, from `hidden`: (slots, D).
     void outputs(const float* hidden, float* out) const {
         const int F = layer_.width, D = layer_.hidden, blocks = blocks_of(F);
         const size_t skip = 2 * panels_of(F) * panel_bytes(layer_.format, D), bytes = panel_bytes(layer_.format, F);
-        std::vector<int32_t> all(routing_.token_of.size());
+        std::vector<int32_t> all(part_.token_of.size());
         std::iota(all.begin(), all.end(), 0);
-        const Rounded tiles(pool_, kernels_, layer_.format, hidden, F, all, routing_.first);
+        const Rounded tiles(pool_, kernels_, layer_.format, hidden, F, all, part_.first);
         const int panels = panels_of(D);
         const auto down_at = [&](size_t item) {
-            return layer_.record(routing_.active[item / panels]) + skip + (item % panels) * bytes;
+            return part_.records[item / panels] + skip + (item % panels) * bytes;
         };
         each_panel(panels, [&](size_t item, size_t end) {
             alignas(64) float part[MAX_TOKENS * ROWS];
             const int group = static_cast<int>(item / panels), p = static_cast<int>(item % panels);
-            const int expert = routing_.active[group];
+            const int expert = part_.experts[group];
             const int row = p * ROWS, rows = std::min(ROWS, D - row);
             const int first = tiles.group_first(group), count = tiles.group_first(group + 1) - first;
             for (int i = first; i < first + count; i++) {
@@ -139,25 +172,12 @@ public:
         });
     }
 
-    void combine(const float* outputs, const float* weights, int tokens, int top_k, float* out) const {
-        const int D = layer_.hidden;
-        pool_.run(tokens, 1, [&](size_t begin, size_t end) {
-            for (size_t t = begin; t < end; t++) {
-                float* row = out + t * D;
-                std::fill_n(row, D, 0.0f);
-                for (size_t s = t * top_k; s < (t + 1) * top_k; s++)
-                    if (routing_.place_of[s] >= 0)
-                        kernels_.add_scaled(outputs + static_cast<size_t>(routing_.place_of[s]) * D, weights[s], D, row);
-            }
-        });
-    }
-
 private:
-    // Runs work(item, end) for `panels` items of each active expert, those of one before those of the next; a
+    // Runs work(item, end) for `panels` items of each expert, those of one before those of the next; a
     // thread's items end at `end`.
     template <class Work>
     void each_panel(int panels, const Work& work) const {
-        const size_t items = routing_.active.size() * panels;
+        const size_t items = part_.experts.size() * panels;
         pool_.run(items, 1, [&](size_t begin, size_t end) {
             for (size_t item = begin; item < end; item++) work(item, end);
         });
@@ -171,20 +191,45 @@ private:
     Pool& pool_;
     const Kernels& kernels_;
     const Experts& layer_;
-    const Routing& routing_;
+    const Part& part_;
     Dot dot_;
 };
+
+// The weighted sum of each token's slots, always in the same order.
+void combine(Pool& pool, const Kernels& kernels, const Routing& routing, const float* outputs, const float* weights,
+             int tokens, int top_k, int D, float* out) {
+    pool.run(tokens, 1, [&](size_t begin, size_t end) {
+        for (size_t t = begin; t < end; t++) {
+            float* row = out + t * D;
+            std::fill_n(row, D, 0.0f);
+            for (size_t s = t * top_k; s < (t + 1) * top_k; s++)
+                if (routing.place_of(s) >= 0)
+                    kernels.add_scaled(outputs + static_cast<size_t>(routing.place_of(s)) * D, weights[s], D, row);
+        }
+    });
+}
 
 }  // namespace
 
 void run_experts(Pool& pool, const Kernels& kernels, const Experts& layer, const float* x, int tokens,
                  const int32_t* ids, const float* weights, int top_k, float* out) {
-    const Routing routing(ids, tokens, top_k, layer.experts);
-    const Call call(pool, kernels, layer, routing);
-    const Buffer hidden(routing.token_of.size() * layer.width), outputs(routing.token_of.size() * layer.hidden);
-    call.hidden(x, hidden.get());
-    call.outputs(hidden.get(), outputs.get());
-    call.combine(outputs.get(), weights, tokens, top_k, out);
+    std::optional<Visit> visit;
+    if (layer.store) visit.emplace(*layer.store, layer.layer, ids, tokens, top_k);
+    const auto order = visit ? visit->experts() : active_experts(ids, tokens * top_k, layer.experts);
+    const Routing routing(ids, tokens, top_k, layer.experts, order);
+    const auto record_of = [&](size_t index) {
+        return visit ? visit->record(index) : layer.records + order[index] * layer.record_bytes;
+    };
+    const Buffer hidden(routing.filled() * layer.width), outputs(routing.filled() * layer.hidden);
+    for (size_t first = 0; first < routing.experts();) {
+        const size_t end = visit ? visit->ready(first) : routing.experts();
+        const Part part = routing.part(first, end, record_of);
+        const Call call(pool, kernels, layer, part);
+        call.hidden(x, hidden.get());
+        call.outputs(hidden.get(), outputs.get() + routing.first(first) * layer.hidden);
+        first = end;
+    }
+    combine(pool, kernels, routing, outputs.get(), weights, tokens, top_k, layer.hidden, out);
 }
 
 }  // namespace tenfold

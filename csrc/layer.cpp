@@ -46,13 +46,20 @@ void run_swiglu(Pool& pool, const Kernels& kernels, const SwiGLU& layer, const f
 
 }  // namespace
 
+std::vector<float> DecoderLayer::normed(Pool& pool, const Kernels& kernels, const float* norm, const float* x,
+                                        int tokens) const {
+    std::vector<float> out(static_cast<size_t>(tokens) * hidden);
+    pool.run(tokens, 8, [&](size_t begin, size_t end) {
+        for (size_t t = begin; t < end; t++) kernels.rms_norm(x + t * hidden, norm, hidden, eps, &out[t * hidden]);
+    });
+    return out;
+}
+
 template <class F>
 void DecoderLayer::add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const {
-    std::vector<float> normed(static_cast<size_t>(tokens) * hidden), out(normed.size());
-    pool.run(tokens, 8, [&](size_t begin, size_t end) {
-        for (size_t t = begin; t < end; t++) kernels.rms_norm(x + t * hidden, norm, hidden, eps, &normed[t * hidden]);
-    });
-    f(normed.data(), out.data());
+    const std::vector<float> in = normed(pool, kernels, norm, x, tokens);
+    std::vector<float> out(in.size());
+    f(in.data(), out.data());
     pool.run(tokens, 8, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++) kernels.add_scaled(&out[t * hidden], residual, hidden, x + t * hidden);
     });
@@ -67,6 +74,16 @@ void DecoderLayer::run_attention(Pool& pool, const Kernels& kernels, const Cache
 void DecoderLayer::run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens) const {
     add(pool, kernels, post_norm, x, tokens,
         [&](const float* in, float* out) { feed(pool, kernels, in, tokens, out); });
+}
+
+void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens) const {
+    const Experts& experts = feed_forward.experts;
+    if (!experts.store || !experts.store->look_ahead.on()) return;
+    const Router& router = feed_forward.router;
+    std::vector<int32_t> ids(static_cast<size_t>(tokens) * router.top_k);
+    std::vector<float> weights(ids.size());
+    route(pool, kernels, router, normed(pool, kernels, post_norm, x, tokens).data(), tokens, ids.data(), weights.data());
+    experts.store->foresee(experts.layer, ids);
 }
 
 void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,

@@ -52,8 +52,11 @@ struct DecoderLayer {
     // Writes the tokens' keys and values to the cache, too.
     void run_attention(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, float* x) const;
     void run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens) const;
+    // What this layer's router would choose if x did not change before its turn: tells the store, if there is one.
+    void foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens) const;
 
 private:
+    std::vector<float> normed(Pool& pool, const Kernels& kernels, const float* norm, const float* x, int tokens) const;
     template <class F>
     void add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const;
     void attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,

@@ -4,12 +4,14 @@
 #include <nanobind/stl/vector.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <memory>
 #include <mutex>
 
 #include "ceilings.hpp"
+#include "crc32.hpp"
 #include "layer.hpp"
 #include "quantize.hpp"
 
@@ -50,15 +52,36 @@ void prepare_for_forks() {
                    });
 }
 
-// Work on the pool, without Python's lock.
+double seconds_since(std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Never within `work`: whoever has Python's lock may be waiting for ours.
+void hear_signals() {
+    if (PyErr_CheckSignals()) throw nb::python_error();
+}
+
+// Work on the pool, without Python's lock. False where a disk has kept it waiting: then it must be done again.
 template <class F>
-void work(const F& f) {
+bool try_work(const F& f) {
     const Kernels& set = kernels();
     nb::gil_scoped_release unlocked;
     std::lock_guard<std::mutex> alone(one_call);
     const auto start = std::chrono::steady_clock::now();
-    f(pool(), set);
-    busy_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    bool done = true;
+    try {
+        f(pool(), set);
+    } catch (const Stalled&) {
+        done = false;
+    }
+    busy_seconds += seconds_since(start);
+    return done;
+}
+
+// The same until it is done. Ctrl-C ends it between two tries.
+template <class F>
+void work(const F& f) {
+    while (!try_work(f)) hear_signals();
 }
 
 // All layers but for the last one's feed-forward, which only the tokens that predict need. One call a step:
@@ -69,19 +92,26 @@ struct Decoder {
     std::vector<Cache> caches;
 
     void operator()(Address x, Address sequences, Address positions, int tokens) const {
+        const auto start = std::chrono::steady_clock::now();
         const Places places{at<const int32_t>(sequences), at<const int32_t>(positions), tokens};
         const size_t at_once = tokens > 1 ? 1 : layers.size();
-        for (size_t first = 0; first < layers.size(); first += at_once) {
-            work([&](Pool& pool, const Kernels& set) {
-                for (size_t n = first; n < first + at_once; n++) {
+        for (size_t n = 0; n < layers.size(); hear_signals()) {
+            try_work([&](Pool& pool, const Kernels& set) {
+                for (const size_t end = std::min(n + at_once, layers.size()); n < end; n++) {
+                    if (n > 0 && tokens <= FEW) layers[n].foresee(pool, set, at<float>(x), tokens);
                     if (n > 0) layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens);
                     layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
                 }
             });
-            // Never within `work`: whoever has Python's lock may be waiting for ours.
-            if (PyErr_CheckSignals()) throw nb::python_error();
         }
+        if (tokens <= FEW && store()) store()->look_ahead.step(seconds_since(start));
     }
+
+private:
+    // More of them want most experts, and there is nothing to predict.
+    static constexpr int FEW = 8;
+
+    Store* store() const { return layers.back().feed_forward.experts.store; }
 };
 
 Linear new_linear(Address panels, int format, int rows, int columns, Address bias) {
@@ -113,14 +143,59 @@ NB_MODULE(_native, m) {
                 self.matrix.row(at<const int32_t>(ids)[i], at<float>(out) + static_cast<size_t>(i) * self.matrix.columns);
         });
 
+    nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+        try {
+            std::rethrow_exception(thrown);
+        } catch (const ReadError& error) {
+            const nb::object text = nb::steal(PyUnicode_DecodeFSDefault(error.what()));
+            PyErr_SetObject(nb::module_::import_("tenfold.errors").attr("TenfoldError").ptr(), text.ptr());
+        }
+    });
+    m.def("crc32", [](Address data, size_t size) { return crc32(at<const uint8_t>(data), size); });
+    m.def("read_file", [](const nb::bytes& path, uint64_t offset, size_t size, Address to) {
+        const nb::gil_scoped_release unlocked;
+        File(path.c_str()).read(offset, size, at<uint8_t>(to));
+    });
+
+    nb::class_<Store>(m, "Store")
+        .def("__init__", [](Store* self, const std::vector<nb::bytes>& files, const std::vector<nb::tuple>& layers,
+                            size_t slots) {
+            std::vector<std::string> paths;
+            for (const nb::bytes& path : files) paths.emplace_back(path.c_str());
+            std::vector<StoredLayer> stored;
+            for (const nb::tuple& layer : layers)
+                stored.push_back({nb::cast<int>(layer[0]), nb::cast<int>(layer[1]), nb::cast<uint64_t>(layer[2]),
+                                  nb::cast<size_t>(layer[3]), nb::cast<std::vector<uint32_t>>(layer[4])});
+            new (self) Store(paths, std::move(stored), slots);
+        }, "files"_a, "layers"_a, "slots"_a)
+        .def("warm", [](Store& self, int layer, const std::vector<int32_t>& experts) {
+            work([&](Pool&, const Kernels&) {
+                Visit visit(self, layer, experts.data(), 1, static_cast<int>(experts.size()));
+                for (size_t first = 0; first < visit.experts().size();) first = visit.ready(first);
+            });
+            hear_signals();
+        }, "layer"_a, "experts"_a)
+        .def("meter", [](Store& self) {
+            const StoreMeter meter = self.meter();
+            return nb::make_tuple(meter.hits, meter.misses, meter.bytes_read, meter.wait_seconds, meter.prefetched,
+                                  meter.prefetched_used);
+        });
+
     nb::class_<Experts>(m, "Experts")
         .def(nb::new_([](Address records, size_t record_bytes, int format, int experts, int width, int hidden,
                          Address gate_up_bias, Address down_bias, bool clamped) {
-                 return Experts{at<const uint8_t>(records), record_bytes, static_cast<Format>(format), experts, width,
-                                hidden, at<const float>(gate_up_bias), at<const float>(down_bias), clamped};
+                 return Experts{at<const uint8_t>(records), record_bytes, nullptr, 0, static_cast<Format>(format),
+                                experts, width, hidden, at<const float>(gate_up_bias), at<const float>(down_bias),
+                                clamped};
              }),
              "records"_a, "record_bytes"_a, "format"_a, "experts"_a, "width"_a, "hidden"_a, "gate_up_bias"_a = 0,
              "down_bias"_a = 0, "clamped"_a = false)
+        .def_static("streamed", [](Store& store, int layer, int format, int experts, int width, int hidden,
+                                   Address gate_up_bias, Address down_bias, bool clamped) {
+            return Experts{nullptr, 0, &store, layer, static_cast<Format>(format), experts, width, hidden,
+                           at<const float>(gate_up_bias), at<const float>(down_bias), clamped};
+        }, "store"_a, "layer"_a, "format"_a, "experts"_a, "width"_a, "hidden"_a, "gate_up_bias"_a = 0,
+           "down_bias"_a = 0, "clamped"_a = false)
         .def("__call__", [](const Experts& self, Address x, int tokens, Address ids, Address weights, int top_k,
                             Address out) {
             work([&](Pool& pool, const Kernels& set) {

@@ -15,6 +15,16 @@ class Linear:
     def __call__(self, x: int, tokens: int, y: int, /) -> None: ...
     def rows(self, ids: int, count: int, out: int, /) -> None: ...
 
+def crc32(data: int, size: int, /) -> int: ...
+def read_file(path: bytes, offset: int, size: int, to: int, /) -> None: ...
+
+class Store:
+    def __init__(
+        self, files: list[bytes], layers: list[tuple[int, int, int, int, list[int]]], slots: int
+    ) -> None: ...
+    def warm(self, layer: int, experts: list[int]) -> None: ...
+    def meter(self) -> tuple[int, int, int, float, int, int]: ...
+
 class Experts:
     def __init__(
         self,
@@ -28,7 +38,19 @@ class Experts:
         down_bias: int = 0,
         clamped: bool = False,
     ) -> None: ...
-    def __call__(self, x: int, tokens: int, ids: int, weights: int, top_k: int, out: int, /) -> None: ...
+    @staticmethod
+    def streamed(
+        store: Store,
+        layer: int,
+        format: int,
+        experts: int,
+        width: int,
+        hidden: int,
+        gate_up_bias: int = 0,
+        down_bias: int = 0,
+        clamped: bool = False,
+    ) -> Experts: ...
+    def __call__(self, x: int, tokens: int, ids: int, weights: int, top_k, out: int, /) -> None: ...
 
 class Router:
     def __init__(

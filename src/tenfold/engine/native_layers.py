@@ -13,7 +13,7 @@ from tenfold import compiled
 from tenfold.config import ModelConfig
 from tenfold.kernels import native
 from tenfold.model.rope import rope_tables, score_scale
-from tenfold.packed import PackedExperts, PackedMatrix
+from tenfold.packed import PackedExperts, PackedMatrix, StreamedExperts
 
 CHOICES = ("softmax", "topk_softmax", "sigmoid")
 """In csrc/router.hpp's order."""
@@ -101,7 +101,7 @@ class NativeLayers:
 
     def _experts(self, name: str) -> Any:
         packed = self._weights[name]
-        assert isinstance(packed, PackedExperts)
+        assert isinstance(packed, PackedExperts | StreamedExperts)
         biases = [self._floats(f"{name}.{bias}") for bias in ("gate_up_bias", "down_bias")]
         return native.new_experts(packed, self._config.hidden_act, *biases)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tenfold.checkpoint.pack.record import record_bytes
 from tenfold.compiled import module
 from tenfold.errors import TenfoldError
-from tenfold.packed import PackedExperts, PackedMatrix
+from tenfold.packed import PackedExperts, PackedMatrix, StreamedExperts
 from tenfold.panels import FORMATS, matrix_bytes
 
 
@@ -59,22 +59,19 @@ def new_linear(matrix: PackedMatrix, bias_N: Tensor | None = None) -> Any:
 
 
 def new_experts(
-    packed: PackedExperts, activation: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
+    packed: PackedExperts | StreamedExperts,
+    activation: str,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
 ) -> Any:
-    """The compiled form of a layer's experts; it holds addresses, so the tensors must outlive it."""
+    """The compiled form of a layer's experts; tensors and store must outlive it, for it holds addresses."""
+    form, biases = FORMATS.index(packed.format), (address(gate_up_bias), address(down_bias))
+    last = (packed.width, packed.hidden_size, *biases, activation == "clamped_swiglu")
+    if isinstance(packed, StreamedExperts):
+        return module().Experts.streamed(packed.store.native, packed.layer, form, packed.count, *last)
     size = record_bytes(packed.format, packed.hidden_size, packed.width)
     _check_bytes(packed.records.view(-1), len(packed.records) * size)
-    return module().Experts(
-        packed.records.data_ptr(),
-        packed.records.shape[1],
-        FORMATS.index(packed.format),
-        len(packed.records),
-        packed.width,
-        packed.hidden_size,
-        address(gate_up_bias),
-        address(down_bias),
-        activation == "clamped_swiglu",
-    )
+    return module().Experts(packed.records.data_ptr(), size, form, len(packed.records), *last)
 
 
 def address(tensor: Tensor | None) -> int:

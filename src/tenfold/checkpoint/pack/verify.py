@@ -1,5 +1,6 @@
 """Are a packed model's bytes those that were written?"""
 
+import re
 import zlib
 from pathlib import Path
 
@@ -31,15 +32,29 @@ def verify(path_or_id: str | Path) -> dict[str, int]:
 
 def _verify(found: Found) -> None:
     for expert, raw in enumerate(found.raws):
-        written, there = raw.note.rpartition(" ")[2], f"{_checksum(raw):08x}"
+        written, there = written_checksum(raw), _checksum(raw)
         if written != there:
             what = f"tensor {raw.name}"
             if isinstance(found.part, Experts):
                 what = f"layer {raw.name.split('.')[1]}, expert {expert}"
-            raise TenfoldError(
-                f"{raw.file}: {what} is damaged: its bytes have the CRC-32 {there}, not {written:.50};"
-                " pack the model again"
-            )
+            raise TenfoldError(f"{raw.file}: {damaged(what, there, written)}")
+
+
+def written_checksum(raw: RawTensor) -> int:
+    """The CRC-32 that a packed file says a tensor has. TenfoldError if it says none."""
+    written = raw.note.rpartition(" ")[2]
+    if not re.fullmatch("[0-9a-f]{8}", written):
+        raise TenfoldError(
+            f"{raw.file}: tensor {raw.name} has {written:.50} for a CRC-32; pack the model again"
+        )
+    return int(written, 16)
+
+
+def damaged(what: str, there: int, written: int) -> str:
+    """csrc/store.cpp says it in the same words."""
+    return (
+        f"{what} is damaged: its bytes have the CRC-32 {there:08x}, not {written:08x}; pack the model again"
+    )
 
 
 def _checksum(raw: RawTensor) -> int:

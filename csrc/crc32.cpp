@@ -1,0 +1,103 @@
+#include "crc32.hpp"
+
+#include <array>
+#include <cstring>
+
+#if defined(TENFOLD_X86)
+#include <immintrin.h>
+#endif
+
+namespace tenfold {
+namespace {
+
+// Bits are reflected: bit 31 is x^0.
+constexpr uint32_t POLYNOMIAL = 0xEDB88320;
+
+constexpr uint32_t times_x(uint32_t value) { return (value >> 1) ^ (value & 1 ? POLYNOMIAL : 0); }
+
+// Table k: what a byte becomes when k more bytes, all zero, have followed it.
+constexpr auto TABLES = [] {
+    std::array<std::array<uint32_t, 256>, 8> tables{};
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint32_t value = byte;
+        for (int bit = 0; bit < 8; bit++) value = times_x(value);
+        tables[0][byte] = value;
+    }
+    for (int k = 1; k < 8; k++)
+        for (int byte = 0; byte < 256; byte++) {
+            const uint32_t before = tables[k - 1][byte];
+            tables[k][byte] = (before >> 8) ^ tables[0][before & 255];
+        }
+    return tables;
+}();
+
+// Eight bytes at a time (Kounavis and Berry, "A Systematic Approach to Building High Performance
+// Software-based CRC Generators", 2005).
+uint32_t by_tables(uint32_t state, const uint8_t* data, size_t size) {
+    for (; size >= 8; data += 8, size -= 8) {
+        state ^= data[0] | data[1] << 8 | data[2] << 16 | static_cast<uint32_t>(data[3]) << 24;
+        state = TABLES[7][state & 255] ^ TABLES[6][state >> 8 & 255] ^ TABLES[5][state >> 16 & 255] ^
+                TABLES[4][state >> 24] ^ TABLES[3][data[4]] ^ TABLES[2][data[5]] ^ TABLES[1][data[6]] ^
+                TABLES[0][data[7]];
+    }
+    for (; size; data++, size--) state = (state >> 8) ^ TABLES[0][(state ^ *data) & 255];
+    return state;
+}
+
+#if defined(TENFOLD_X86)
+
+// x^n modulo the polynomial, in the place where a product without carries wants it.
+constexpr long long power(int n) {
+    uint32_t value = uint32_t{1} << 31;
+    for (; n > 0; n--) value = times_x(value);
+    return static_cast<long long>(static_cast<uint64_t>(value) << 1);
+}
+
+#define FOLDING __attribute__((target("pclmul,sse2")))
+
+FOLDING inline __m128i load(const uint8_t* data) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data));
+}
+
+// What 128 bits amount to a number of bits further on, added to what is there.
+FOLDING inline __m128i fold(__m128i value, __m128i powers, __m128i there) {
+    const __m128i low = _mm_clmulepi64_si128(value, powers, 0x00), high = _mm_clmulepi64_si128(value, powers, 0x11);
+    return _mm_xor_si128(_mm_xor_si128(low, high), there);
+}
+
+// Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction", Intel, 2009.
+// At least 64 bytes; what is folded to the last 16 goes through the tables.
+FOLDING uint32_t by_folding(uint32_t state, const uint8_t* data, size_t size) {
+    const __m128i far = _mm_set_epi64x(power(512 - 32), power(512 + 32));
+    const __m128i near = _mm_set_epi64x(power(128 - 32), power(128 + 32));
+    __m128i lanes[4];
+    for (int i = 0; i < 4; i++) lanes[i] = load(data + 16 * i);
+    lanes[0] = _mm_xor_si128(lanes[0], _mm_cvtsi32_si128(static_cast<int>(state)));
+    for (data += 64, size -= 64; size >= 64; data += 64, size -= 64)
+        for (int i = 0; i < 4; i++) lanes[i] = fold(lanes[i], far, load(data + 16 * i));
+    __m128i lane = lanes[0];
+    for (int i = 1; i < 4; i++) lane = fold(lane, near, lanes[i]);
+    for (; size >= 16; data += 16, size -= 16) lane = fold(lane, near, load(data));
+    alignas(16) uint8_t folded[16];
+    _mm_store_si128(reinterpret_cast<__m128i*>(folded), lane);
+    return by_tables(by_tables(0, folded, 16), data, size);
+}
+
+bool can_fold() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("pclmul");
+}
+
+#endif
+
+}  // namespace
+
+uint32_t crc32(const uint8_t* data, size_t size) {
+#if defined(TENFOLD_X86)
+    static const bool folding = can_fold();
+    if (folding && size >= 64) return ~by_folding(~uint32_t{0}, data, size);
+#endif
+    return ~by_tables(~uint32_t{0}, data, size);
+}
+
+}  // namespace tenfold

@@ -1,0 +1,81 @@
+#include "slots.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <new>
+
+namespace tenfold {
+
+constexpr size_t HUGE_PAGE = size_t{2} << 20;
+// What a use counts for after one more token: half after 138.
+constexpr double FADING = 0.995;
+// Of an expert that no token chose, as far as is remembered.
+constexpr double RARE = 1e-6;
+
+Arena::Arena(size_t bytes) : bytes_(bytes + HUGE_PAGE) {
+    mapped_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped_ == MAP_FAILED) throw std::bad_alloc();
+    const uintptr_t address = reinterpret_cast<uintptr_t>(mapped_);
+    first_ = reinterpret_cast<uint8_t*>((address + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+#if defined(__linux__)
+    madvise(mapped_, bytes_, MADV_HUGEPAGE);
+    madvise(mapped_, bytes_, MADV_DONTFORK);
+#endif
+}
+
+Arena::~Arena() { munmap(mapped_, bytes_); }
+
+Slots::Slots(const std::vector<int>& experts, size_t count) : slots_(count) {
+    for (int E : experts) {
+        places_.emplace_back(E, -1);
+        frequencies_.push_back({std::vector<double>(E), 0});
+    }
+}
+
+void Slots::count(int layer, const std::vector<int>& uses, int tokens) {
+    layer_ = layer;
+    Frequency& frequency = frequencies_[layer];
+    const double faded = std::pow(FADING, tokens);
+    for (size_t e = 0; e < uses.size(); e++) {
+        frequency.uses[e] = frequency.uses[e] * faded + uses[e];
+        if (places_[layer][e] >= 0) slots_[places_[layer][e]].foreseen = false;
+    }
+    frequency.tokens = frequency.tokens * faded + tokens;
+}
+
+// In tokens from now, expected: each chooses the expert with the probability that recent ones did, when the
+// layer's turn comes, for the layers take turns. So the cheapest loss among equals is of the layer just done.
+double Slots::next_use(const Slot& slot) const {
+    const int layers = static_cast<int>(places_.size());
+    const double turn = static_cast<double>((slot.layer - layer_ - 1 + layers) % layers) / layers;
+    if (slot.foreseen) return turn;
+    const Frequency& frequency = frequencies_[slot.layer];
+    const double chance = frequency.tokens > 0 ? frequency.uses[slot.expert] / frequency.tokens : 0;
+    return 1 / std::max(chance, RARE) - 1 + turn;
+}
+
+int Slots::place(int layer, int expert) {
+    int last = -1;
+    double latest = -1;
+    for (size_t s = 0; s < slots_.size(); s++) {
+        const Slot& slot = slots_[s];
+        if (slot.in_use) continue;
+        const double use = slot.layer < 0 ? std::numeric_limits<double>::infinity() : next_use(slot);
+        if (use > latest) latest = use, last = static_cast<int>(s);
+    }
+    if (last < 0) return -1;
+    clear(last);
+    slots_[last].layer = layer, slots_[last].expert = expert, slots_[last].in_use = true;
+    places_[layer][expert] = last;
+    return last;
+}
+
+void Slots::clear(int slot) {
+    if (slots_[slot].layer >= 0) places_[slots_[slot].layer][slots_[slot].expert] = -1;
+    slots_[slot] = {};
+}
+
+}  // namespace tenfold

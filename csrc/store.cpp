@@ -1,0 +1,337 @@
+#include "store.hpp"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <deque>
+#include <list>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "crc32.hpp"
+#include "slots.hpp"
+
+namespace tenfold {
+namespace {
+
+// Enough for the queue of a fast disk; a record in pieces comes in as soon as the disk can bring it.
+constexpr int READERS = 4;
+constexpr size_t PIECE = size_t{1} << 20;
+constexpr double PATIENCE = 0.25;  // seconds without an expert before a call is Stalled; twice that the next time
+
+std::mutex one_registrar;  // it guards what follows, and which readers each store has
+std::vector<Store*>& stores = *new std::vector<Store*>;
+
+struct Wanted {
+    int layer, expert;
+};
+
+struct Reading {
+    Wanted wanted;
+    int slot;
+    bool demanded;  // by the call under way
+    size_t size, taken = 0, left = size;
+    std::string error = {};
+};
+
+std::string hex(uint32_t number) {
+    char text[9];
+    std::snprintf(text, sizeof text, "%08x", static_cast<unsigned>(number));
+    return text;
+}
+
+}  // namespace
+
+// Everything that a forked process must make anew: slots, queues and threads.
+class Store::Readers {
+public:
+    explicit Readers(const Store& store)
+        : store_(store), stride_(largest(store.layers_)), arena_(store.slots_ * stride_),
+          slots_(counts(store.layers_), store.slots_) {
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for Python's thread
+        try {
+            for (int i = 0; i < READERS; i++) threads_.emplace_back([this] { serve(); });
+        } catch (const std::system_error&) {
+            // As many as the system gives.
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        if (threads_.empty()) throw ReadError("experts cannot be read: the system gives no thread to do it");
+    }
+
+    ~Readers() {
+        {
+            std::lock_guard<std::mutex> alone(mutex_);
+            stop_ = true;
+        }
+        work_.notify_all();
+        for (auto& thread : threads_) thread.join();
+    }
+
+    void foresee(int layer, const std::vector<int32_t>& ids) {
+        std::lock_guard<std::mutex> alone(mutex_);
+        announced_.clear();
+        for (int32_t expert : ids)
+            if (expert >= 0 && slots_.find(layer, expert) < 0) announced_.push_back({layer, expert});
+    }
+
+    StoreMeter meter() {
+        std::lock_guard<std::mutex> alone(mutex_);
+        return meter_;
+    }
+
+    // The experts that tokens chose, those in memory first, then those on their way.
+    std::vector<int32_t> demand(int layer, const int32_t* ids, int tokens, int top_k) {
+        std::vector<int> uses(store_.layers_[layer].checksums.size());
+        for (int i = 0; i < tokens * top_k; i++)
+            if (ids[i] >= 0) uses[ids[i]]++;
+        std::vector<int32_t> here, coming, missing;
+        std::lock_guard<std::mutex> alone(mutex_);
+        for (int e = 0; e < static_cast<int>(uses.size()); e++) {
+            if (!uses[e]) continue;
+            const int slot = slots_.find(layer, e);
+            (slot < 0 ? missing : slots_[slot].ready ? here : coming).push_back(e);
+            if (slot < 0) continue;
+            meter_.prefetched_used += slots_[slot].foreseen;
+            slots_[slot].in_use = true;
+        }
+        slots_.count(layer, uses, tokens);
+        for (Reading& reading : readings_)
+            reading.demanded |= reading.wanted.layer == layer && uses[reading.wanted.expert];
+        for (int32_t e : missing) demanded_.push_back({layer, e});
+        predicted_ = std::exchange(announced_, {});
+        meter_.hits += here.size();
+        meter_.misses += coming.size() + missing.size();
+        here.insert(here.end(), coming.begin(), coming.end());
+        here.insert(here.end(), missing.begin(), missing.end());
+        wake();
+        return here;
+    }
+
+    size_t await(int layer, const std::vector<int32_t>& experts, size_t first) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        const auto here = [&](size_t i) {
+            const int slot = slots_.find(layer, experts[i]);
+            return slot >= 0 && slots_[slot].ready;
+        };
+        if (!here(first)) {
+            const auto start = std::chrono::steady_clock::now();
+            const bool in_time = arrived_.wait_for(lock, std::chrono::duration<double>(patience_),
+                                                   [&] { return here(first) || !failure_.empty(); });
+            meter_.wait_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+            if (!failure_.empty()) throw ReadError(failure_);
+            if (!in_time) {
+                patience_ *= 2;  // a call that cannot hold all its experts begins anew, and must end some time
+                throw Stalled();
+            }
+        }
+        size_t end = first + 1;
+        while (end < experts.size() && here(end)) end++;
+        return end;
+    }
+
+    void release(int layer, const std::vector<int32_t>& experts, size_t first, size_t end) {
+        std::lock_guard<std::mutex> alone(mutex_);
+        for (size_t i = first; i < end; i++) slots_[slots_.find(layer, experts[i])].in_use = false;
+        wake();
+    }
+
+    // The end of a call, which may not have had all it wanted.
+    void dismiss(int layer, const std::vector<int32_t>& experts, size_t released, bool complete) {
+        std::lock_guard<std::mutex> alone(mutex_);
+        if (complete) patience_ = PATIENCE;
+        demanded_.clear();
+        failure_.clear();
+        for (Reading& reading : readings_) reading.demanded = false;
+        for (size_t i = released; i < experts.size(); i++) {
+            const int slot = slots_.find(layer, experts[i]);
+            if (slot >= 0 && slots_[slot].ready) slots_[slot].in_use = false;
+        }
+        wake();
+    }
+
+    const uint8_t* record(int layer, int expert) const { return address(slots_.find(layer, expert)); }
+
+private:
+    static size_t largest(const std::vector<StoredLayer>& layers) {
+        size_t bytes = 0;
+        for (const StoredLayer& layer : layers) bytes = std::max(bytes, layer.record_bytes);
+        return bytes;
+    }
+    static std::vector<int> counts(const std::vector<StoredLayer>& layers) {
+        std::vector<int> experts;
+        for (const StoredLayer& layer : layers) experts.push_back(static_cast<int>(layer.checksums.size()));
+        return experts;
+    }
+    uint8_t* address(int slot) const { return arena_.get() + slot * stride_; }
+
+    void serve() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (Reading* reading = nullptr;;) {
+            work_.wait(lock, [&] { return stop_ || (reading = next()); });
+            if (stop_) return;
+            const size_t at = reading->taken, size = std::min(PIECE, reading->size - at);
+            reading->taken += size;
+            lock.unlock();
+            std::string error = read_piece(*reading, at, size);
+            lock.lock();
+            meter_.bytes_read += error.empty() ? size : 0;
+            reading->left -= size;
+            if (!error.empty()) {
+                reading->error = std::move(error);
+                reading->left -= reading->size - std::exchange(reading->taken, reading->size);
+            }
+            if (reading->left == 0) finish(*reading, lock);
+        }
+    }
+
+    // What to read a piece of, now. A prediction has the disk only while no call waits for it.
+    Reading* next() {
+        const auto begun = [](const Reading& reading) { return reading.taken < reading.size; };
+        bool waited_for = false;
+        for (Reading& reading : readings_) {
+            if (reading.demanded && begun(reading)) return &reading;
+            waited_for |= reading.demanded;
+        }
+        if (Reading* reading = begin(demanded_, true)) return reading;
+        if (waited_for) return nullptr;
+        const auto rest = std::find_if(readings_.begin(), readings_.end(), begun);
+        if (rest != readings_.end()) return &*rest;
+        return demanded_.empty() ? begin(predicted_, false) : nullptr;
+    }
+
+    // Null where nothing is wanted, or no slot is free for it.
+    Reading* begin(std::deque<Wanted>& queue, bool demanded) {
+        while (!queue.empty() && slots_.find(queue.front().layer, queue.front().expert) >= 0) queue.pop_front();
+        if (queue.empty()) return nullptr;
+        const Wanted wanted = queue.front();
+        const int slot = slots_.place(wanted.layer, wanted.expert);
+        if (slot < 0) return nullptr;
+        queue.pop_front();
+        slots_[slot].foreseen = !demanded;
+        meter_.prefetched += !demanded;
+        readings_.push_back({wanted, slot, demanded, store_.layers_[wanted.layer].record_bytes});
+        return &readings_.back();
+    }
+
+    std::string read_piece(const Reading& reading, size_t at, size_t size) const {
+        const StoredLayer& layer = store_.layers_[reading.wanted.layer];
+        const uint64_t first = layer.offset + reading.wanted.expert * static_cast<uint64_t>(layer.record_bytes);
+        try {
+            store_.files_[layer.file]->read(first + at, size, address(reading.slot) + at);
+            return {};
+        } catch (const ReadError& error) {
+            return error.what() + (" (" + name(reading.wanted) + ")");
+        }
+    }
+
+    std::string check(const Reading& reading) const {
+        const StoredLayer& layer = store_.layers_[reading.wanted.layer];
+        const uint32_t there = crc32(address(reading.slot), reading.size);
+        const uint32_t written = layer.checksums[reading.wanted.expert];
+        if (there == written) return {};
+        return store_.files_[layer.file]->path() + ": " + name(reading.wanted) + " is damaged: its bytes have the CRC-32 " +
+               hex(there) + ", not " + hex(written) + "; pack the model again";
+    }
+
+    std::string name(const Wanted& wanted) const {
+        return "layer " + std::to_string(store_.layers_[wanted.layer].number) + ", expert " +
+               std::to_string(wanted.expert);
+    }
+
+    void finish(Reading& reading, std::unique_lock<std::mutex>& lock) {
+        if (reading.error.empty()) {
+            lock.unlock();
+            std::string error = check(reading);
+            lock.lock();
+            reading.error = std::move(error);
+        }
+        if (reading.error.empty()) {
+            slots_[reading.slot].ready = true;
+            slots_[reading.slot].in_use = reading.demanded;
+        } else {
+            slots_.clear(reading.slot);
+            if (reading.demanded) failure_ = reading.error;
+        }
+        readings_.remove_if([&](const Reading& other) { return &other == &reading; });
+        arrived_.notify_all();
+        wake();
+    }
+
+    // Only where there may be something to do: a thread that looks for nothing takes the time of one that computes.
+    void wake() {
+        if (!demanded_.empty() || !predicted_.empty() || !readings_.empty()) work_.notify_all();
+    }
+
+    const Store& store_;
+    const size_t stride_;
+    const Arena arena_;
+    std::mutex mutex_;  // it guards what follows
+    std::condition_variable work_, arrived_;
+    Slots slots_;
+    std::deque<Wanted> demanded_, predicted_, announced_;
+    std::list<Reading> readings_;
+    std::string failure_;  // of what the call under way demanded
+    double patience_ = PATIENCE;
+    StoreMeter meter_;
+    bool stop_ = false;
+    std::vector<std::thread> threads_;
+};
+
+Store::Store(const std::vector<std::string>& files, std::vector<StoredLayer> layers, size_t slots)
+    : layers_(std::move(layers)), slots_(slots) {
+    for (const std::string& path : files) files_.push_back(std::make_unique<File>(path));
+    static const int once = pthread_atfork([] { one_registrar.lock(); }, [] { one_registrar.unlock(); },
+                                           [] {
+                                               forget_readers();
+                                               one_registrar.unlock();
+                                           });
+    static_cast<void>(once);
+    readers();
+    std::lock_guard<std::mutex> alone(one_registrar);
+    stores.push_back(this);
+}
+
+Store::~Store() {
+    {
+        std::lock_guard<std::mutex> alone(one_registrar);
+        stores.erase(std::find(stores.begin(), stores.end(), this));
+    }
+    delete readers_;
+}
+
+void Store::forget_readers() {
+    for (Store* store : stores) store->readers_ = nullptr;
+}
+
+Store::Readers& Store::readers() {
+    std::lock_guard<std::mutex> alone(one_registrar);
+    if (!readers_) readers_ = new Readers(*this);
+    return *readers_;
+}
+
+void Store::foresee(int layer, const std::vector<int32_t>& ids) { readers().foresee(layer, ids); }
+
+StoreMeter Store::meter() { return readers().meter(); }
+
+Visit::Visit(Store& store, int layer, const int32_t* ids, int tokens, int top_k)
+    : readers_(store.readers()), layer_(layer), experts_(readers_.demand(layer, ids, tokens, top_k)) {}
+
+Visit::~Visit() { readers_.dismiss(layer_, experts_, released_, ready_ == experts_.size()); }
+
+size_t Visit::ready(size_t first) {
+    readers_.release(layer_, experts_, released_, first);
+    released_ = first;
+    return ready_ = readers_.await(layer_, experts_, first);
+}
+
+const uint8_t* Visit::record(size_t index) const { return readers_.record(layer_, experts_[index]); }
+
+}  // namespace tenfold
