@@ -20,7 +20,7 @@ def write_random_pack(out: Path, config: ModelConfig, packing: Packing) -> None:
     """Without a tokenizer. The folder is there only once it is whole."""
     config, source = without_predictor(config), RandomRows()
     files = parts_by_file(config, packing)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     with growing_folder(out, {"shape": config.model_dump(mode="json"), **packing.to_hf()}) as folder:
         for number, parts in enumerate(files, 1):
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"

@@ -76,10 +76,10 @@ class PackedModel:
     config: ModelConfig
     weights: dict[str, Weight]
     """By the names of our model's state_dict; `layers.3.mlp.experts` stands for gate_up and down."""
-    plan: Plan | None = None
-    """What a memory budget leaves for running it; None is no limit."""
     store: ExpertStore | None = None
     """Of all its experts, where they are streamed."""
+    plan: Plan | None = None
+    """What a memory budget leaves for running it; None is no limit."""
 
 
 def packed_matrix(weights_NK: Tensor, form: str) -> PackedMatrix:
