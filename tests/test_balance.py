@@ -8,7 +8,7 @@ import torch
 from tenfold.config import ModelConfig
 from tenfold.model.router import RouterAux
 from tenfold.model.transformer import Transformer
-from tenfold.train import balance
+from tenfold.train import balance, locality
 from tenfold.train.metrics import RoutingMeter
 from tenfold.train.settings import TrainSettings
 
@@ -18,6 +18,7 @@ LOSSES = {
     "balance_loss": balance.load_balancing_loss,
     "sequence_loss": balance.sequence_loss,
     "z_loss": balance.z_loss,
+    "locality_loss": locality.locality_loss,
 }
 
 
@@ -50,6 +51,31 @@ def test_z_loss_is_the_formula() -> None:
     logits = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
     want = (math.log(2) ** 2 + math.log(math.e + math.e**2) ** 2) / 2
     assert float(balance.z_loss(aux_of(logits, 1, 1))) == pytest.approx(want, rel=1e-5)
+
+
+def test_locality_loss_is_the_formula() -> None:
+    torch.manual_seed(0)
+    B, S, E, keep = 3, 5, 4, 1 - 1 / locality.MEMORY_TOKENS
+    aux = aux_of(torch.randn(B * S, E), 2, B)
+    chosen = [set(row) for row in aux.expert_ids_TK.tolist()]
+    recent = [
+        [sum((1 - keep) * keep**age * (e in chosen[t - 1 - age]) for age in range(t % S)) for e in range(E)]
+        for t in range(B * S)
+    ]
+    mean = [sum(row[e] for row in recent) / (B * S) for e in range(E)]
+    reused = [
+        sum(p * (recent[t][e] - mean[e]) for e, p in enumerate(probs))
+        for t, probs in enumerate(aux.probs_TE.tolist())
+    ]
+    assert float(locality.locality_loss(aux)) == pytest.approx(1 - sum(reused) / (B * S), rel=1e-5)
+
+
+def test_locality_is_of_texts_not_of_experts() -> None:
+    """Sequences that keep to experts of their own gain; the same few experts for all gain nothing."""
+    own = torch.eye(4).repeat_interleave(16, dim=0) * 9
+    assert float(locality.locality_loss(aux_of(own, 1, 4))) < 0.7
+    same = torch.eye(4)[0].expand(64, 4) * 9
+    assert float(locality.locality_loss(aux_of(same, 1, 4))) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_collapsed_layer_is_not_hidden_by_the_others() -> None:

@@ -42,6 +42,7 @@ Memory = Annotated[
         " from disk when they are wanted; by default what is free, less a margin",
     ),
 ]
+Tokens = Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1))]
 Resume = Annotated[bool, Parameter(negative="", help="go on with the run that is in --out")]
 
 
@@ -304,6 +305,46 @@ def bench(
     from tenfold.bench.table import report
 
     Console().print(report(found))
+
+
+@app.command
+def trace(
+    model: str,
+    /,
+    *,
+    data: list[str] | None = None,
+    tokens: Tokens = 4096,
+    out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
+    plot: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Record which experts each token chooses, and see how few of them memory must hold.
+
+    Parameters
+    ----------
+    model
+        directory or GGUF file of a model, or its id on the Hugging Face hub (owner/name); without --data,
+        a trace that was recorded before
+    data
+        text for the model to read: files, folders, stdlib or hf:NAME; each is a kind of its own
+    tokens
+        tokens to read, of all kinds of text together
+    out
+        file for the trace
+    plot
+        .svg file to draw it in
+    """
+    from tenfold.trace import trace as run
+
+    found = run(model, data or [], tokens, out, plot)
+    if json:
+        print(json_.dumps(found))
+        return
+    from rich.console import Console
+
+    from tenfold.trace.table import table
+
+    Console().print(table(found))
 
 
 def _print_generation(generation: "Generation", json: bool) -> None:

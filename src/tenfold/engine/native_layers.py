@@ -72,11 +72,12 @@ class NativeLayers:
             gate_up=self.linear(f"{dense}gate_up") if has_dense else None,
             down=self.linear(f"{dense}down") if has_dense else None,
             gate=self.address(prefix + "shared_expert_gate.weight"),
-            router=self._router(prefix + "router.") if sparse else None,
+            router=self.router(prefix + "router.") if sparse else None,
             experts=self._experts(prefix + "experts") if sparse else None,
         )
 
-    def _router(self, prefix: str) -> Any:
+    def router(self, prefix: str) -> Any:
+        """The compiled form of the router whose weights' names begin with `prefix`."""
         config = self._config
         as_switch = config.router == "switch"  # top-1 of a softmax, by its own probability
         weight = self._weights[prefix + "weight"]

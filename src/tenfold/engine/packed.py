@@ -91,17 +91,18 @@ class PackedRunner:
             x_BSD *= self.config.embedding_multiplier
         sequences = torch.arange(self.batch, dtype=torch.int32).repeat_interleave(new)
         positions = torch.arange(self.length, self.length + new, dtype=torch.int32).repeat(self.batch)
-        if self._latent:
-            self._latent_layers(x_BSD)
-        else:
-            self._decoder(x_BSD.data_ptr(), sequences.data_ptr(), positions.data_ptr(), tokens)
+        self._run_layers(x_BSD, sequences, positions)
         self.length += new
         return x_BSD
 
-    def _latent_layers(self, x_BSD: Tensor) -> None:
+    def _run_layers(self, x_BSD: Tensor, sequences_T: Tensor, positions_T: Tensor) -> None:
+        tokens = len(positions_T)
+        if not self._latent:
+            self._decoder(x_BSD.data_ptr(), sequences_T.data_ptr(), positions_T.data_ptr(), tokens)
+            return
         for n, attention in enumerate(self._latent):
             if n > 0:
-                self._native.layers[n - 1].feed_forward(x_BSD.data_ptr(), x_BSD.shape[:2].numel())
+                self._native.layers[n - 1].feed_forward(x_BSD.data_ptr(), tokens)
             attention.add_to(x_BSD, self.length)
 
     def _logits(self, x_BD: Tensor) -> Tensor:

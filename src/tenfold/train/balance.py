@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tenfold.model.router import Router, RouterAux, count
 from tenfold.model.transformer import Transformer
+from tenfold.train.locality import locality_loss
 from tenfold.train.settings import TrainSettings
 
 
@@ -39,6 +40,7 @@ def total_loss(layers: Sequence[RouterAux], settings: TrainSettings) -> Tensor:
         (settings.balance_loss, load_balancing_loss),
         (settings.sequence_loss, sequence_loss),
         (settings.z_loss, z_loss),
+        (settings.locality_loss, locality_loss),
     )
     if not layers:
         return torch.zeros(())

@@ -59,6 +59,9 @@ class TrainSettings(BaseModel):
     balance_loss: float = Field(0.03, ge=0, description="weight of the load-balancing loss (Switch)")
     sequence_loss: float = Field(0.0, ge=0, description="weight of the sequence-wise balance loss")
     z_loss: float = Field(0.001, ge=0, description="weight of the router z-loss")
+    locality_loss: float = Field(
+        0.0, ge=0, description="weight of the loss that has tokens reuse experts, for streaming them"
+    )
     mtp_loss: float = Field(
         0.0, ge=0, description="weight of predicting one token further (num_nextn_predict_layers 1)"
     )
