@@ -3,7 +3,6 @@
 Both versions of the interface; the group is made in the one that this process is in, and removed again.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,7 @@ class Group:
 
 @contextmanager
 def memory_group(limit: int) -> Iterator[Group]:
-    """A group that may hold `limit` bytes, and no swap. Raises OSError, with the reason, where none can be made."""
+    """A group that may hold `limit` bytes, and no swap. OSError says why none can be made."""
     version_1, parent = _own_group()
     folder = Path(tempfile.mkdtemp(prefix="tenfold-", dir=parent))
     try:
@@ -76,7 +75,7 @@ def usable() -> str | None:
     try:
         with memory_group(1 << 30) as group:
             group.run(["true"])
-            os.stat(group.folder / group.peak_file)
+            (group.folder / group.peak_file).stat()
     except OSError as error:
         return str(error)
     return None

@@ -2,11 +2,13 @@
 
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from tenfold.engine.llm import Generation, context_of
-from tenfold.engine.loading import USUAL_CONTEXT, AnyModel, load_model_and_tokenizer
+from tenfold.engine.loading import ANY, USUAL_CONTEXT, AnyModel, load_model_and_tokenizer
 from tenfold.errors import TenfoldError
+from tenfold.memory import Budget
 from tenfold.model.switch import SwitchTransformer
 from tenfold.packed import PackedModel
 from tenfold.sampling import SamplingParams
@@ -87,11 +89,12 @@ def load_chat(
     model: str,
     params: SamplingParams,
     system: str | None = None,
-    memory: int | None = None,
+    memory: Budget = ANY,
     context: int = USUAL_CONTEXT,
 ) -> Chat:
     """A conversation with a model on disk; `memory` is `load_generation`'s, `context` what it plans for."""
-    return Chat(*load_model_and_tokenizer(model, memory, context, TEMPLATE_BYTES), params, system, model)
+    memory = replace(memory, reserve=memory.reserve + TEMPLATE_BYTES)
+    return Chat(*load_model_and_tokenizer(model, memory, context), params, system, model)
 
 
 def talk(chat: Chat) -> None:

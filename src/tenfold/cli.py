@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tenfold.bench.settings import BenchSettings
 from tenfold.errors import TenfoldError
 from tenfold.formats import ExpertsFormat, Packing, RestFormat
-from tenfold.memory import parse_size
+from tenfold.memory import Budget, parse_size
 from tenfold.parsed import first_problem
 from tenfold.sampling import SamplingParams
 from tenfold.train.settings import TrainSettings
@@ -43,6 +43,10 @@ Memory = Annotated[
     ),
 ]
 Tokens = Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1))]
+Warm = Annotated[
+    Path | None,
+    Parameter(help="trace (`tenfold trace`) whose most used experts are read first, where not all fit"),
+]
 Resume = Annotated[bool, Parameter(negative="", help="go on with the run that is in --out")]
 
 
@@ -132,6 +136,7 @@ def generate(
     prompt: str = "",
     params: Annotated[SamplingParams, Flat] = SamplingParams(),  # noqa: B008
     memory: Memory = None,
+    warm: Warm = None,
     json: Json = False,
 ) -> None:
     """Write text with a model.
@@ -145,7 +150,7 @@ def generate(
     """
     from tenfold.engine.llm import load_generation
 
-    _print_generation(load_generation(model, prompt, params, memory), json)
+    _print_generation(load_generation(model, prompt, params, Budget(memory, warm)), json)
 
 
 @app.command
@@ -157,6 +162,7 @@ def chat(
     message: str | None = None,
     params: Annotated[SamplingParams, Flat] = SamplingParams(),  # noqa: B008
     memory: Memory = None,
+    warm: Warm = None,
     context: Context = 4096,
     json: Json = False,
 ) -> None:
@@ -179,7 +185,7 @@ def chat(
 
     if json and message is None:
         raise TenfoldError("--json needs --message: a conversation is no single object")
-    conversation = load_chat(model, params, system, memory, context)
+    conversation = load_chat(model, params, system, Budget(memory, warm), context)
     if message is None:
         talk(conversation)
     else:

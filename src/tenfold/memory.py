@@ -20,6 +20,18 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What this process may hold, and what to begin with."""
+
+    limit: int | None = None
+    """Bytes, of everything; None is what is free, less a margin."""
+    warm: Path | None = None
+    """A trace (`tenfold trace`) whose most used experts are read first, where not all fit."""
+    reserve: int = 0
+    """Bytes of `limit` that are others': this process's children, or its parent."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a memory budget is spent on; all in bytes but `slots`, `experts`, `batch` and `context`."""
 
@@ -145,7 +157,7 @@ def check_fits(needed: int, what: str, instead: str) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory this process holds now, files it maps included; where the system does not say, the most it held."""
+    """What this process holds now, mapped files included; or held at most, where that is unknown."""
     try:
         return int((_PROC / "self/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):

@@ -45,8 +45,9 @@ def _curve(model: str, settings: BenchSettings, progress: "Console") -> dict[str
     for budget in settings.budgets:
         with progress.status(f"measuring {model} within {size(budget)}"):
             points.append(measure_within(model, settings, budget))
-    if settings.picture is not None:
-        from tenfold.bench.picture import draw
+    if settings.plot is not None:
+        from tenfold.bench.plot import draw
+        from tenfold.files import write_text
 
-        draw(points, model, settings.picture)
+        write_text(settings.plot, draw(points, model))
     return {"model": model, "curve": points}

@@ -10,7 +10,6 @@ from tenfold.memory import parse_size
 
 RANGE_POINTS = 6
 """Budgets of a range, its ends included, equally far apart."""
-PICTURES = (".png", ".svg", ".pdf")
 
 
 class BenchSettings(BaseModel):
@@ -38,7 +37,10 @@ class BenchSettings(BaseModel):
         description="all that the process may hold, such as 8GiB; several, or a range such as"
         " 2GiB..8GiB, make a curve of speeds",
     )
-    picture: Path | None = Field(None, description="file (.png, .svg or .pdf) for that curve")
+    warm: Path | None = Field(
+        None, description="trace (`tenfold trace`) whose most used experts are read first within --memory"
+    )
+    plot: Path | None = Field(None, description="SVG file for that curve")
 
     def check(self, model: str | None) -> None:
         """Raises TenfoldError where the settings, and the model that was named, contradict each other."""
@@ -50,10 +52,11 @@ class BenchSettings(BaseModel):
                     raise TenfoldError(f"--{option} belongs to --shape, which is not given")
         if self.budgets and model is None:
             raise TenfoldError("--memory needs a packed model on disk: experts are read from its files")
-        if self.picture is not None and not self.budgets:
-            raise TenfoldError("--picture shows speeds over --memory, which is not given")
-        if self.picture is not None and self.picture.suffix not in PICTURES:
-            raise TenfoldError(f"--picture {self.picture}: end its name in one of {', '.join(PICTURES)}")
+        for option in ("plot", "warm"):
+            if getattr(self, option) is not None and not self.budgets:
+                raise TenfoldError(f"--{option} belongs to --memory, which is not given")
+        if self.plot is not None and self.plot.suffix != ".svg":
+            raise TenfoldError(f"--plot {self.plot}: name a file that ends in .svg")
 
     @property
     def budgets(self) -> list[int]:

@@ -49,9 +49,9 @@ def measure(runner: Runner, vocab_size: int, settings: BenchSettings) -> Speed:
     )
 
 
-def random_ids(vocab_size: int, batch: int, tokens: int) -> Tensor:
+def random_ids(vocab_size: int, batch: int, tokens: int, seed: int = 0) -> Tensor:
     """(batch, tokens). Not what a model would choose, so that sequences, and their experts, differ."""
-    return torch.randint(vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from tenfold.engine.random_weights import random_packed, random_packed_bytes
 from tenfold.engine.runner import Runner, new_runner
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve
-from tenfold.memory import check_fits
+from tenfold.memory import Budget, check_fits
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel, Weight
 from tenfold.presets import load_preset
@@ -43,7 +43,7 @@ def load(path_or_id: str, settings: BenchSettings) -> Subject:
     config = _checked(load_config(path), path_or_id, settings)
     start = time.perf_counter()
     if runs_packed(path):
-        return _native_subject(load_packed_within(path, None, _room(settings)), settings, start)
+        return _native_subject(load_packed_within(path, Budget(), _room(settings)), settings, start)
     _check_fits(
         4 * config.num_params(),
         config,
@@ -54,13 +54,13 @@ def load(path_or_id: str, settings: BenchSettings) -> Subject:
     return _torch_subject(load_decoder_only(path), settings, start)
 
 
-def load_within(path_or_id: str, settings: BenchSettings, memory: int, reserve: int) -> PackedModel:
+def load_within(path_or_id: str, settings: BenchSettings, memory: Budget) -> PackedModel:
     """A packed model within a budget. Raises TenfoldError for any other, and as `load_packed_within` does."""
     path = resolve(path_or_id)
     _checked(load_config(path), path_or_id, settings)
     if not runs_packed(path):
         raise TenfoldError(f"--memory: {path} {no_budget(path)}")
-    return load_packed_within(path, memory, _room(settings), reserve)
+    return load_packed_within(path, memory, _room(settings))
 
 
 def _room(settings: BenchSettings) -> Room:

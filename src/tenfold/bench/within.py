@@ -8,7 +8,7 @@ from typing import Any
 
 from tenfold.bench.settings import BenchSettings
 from tenfold.errors import TenfoldError
-from tenfold.memory import peak_memory_bytes, resident_bytes, size
+from tenfold.memory import Budget, peak_memory_bytes, resident_bytes, size
 
 ROUNDS = 2
 """After one that is not counted, which fills the store."""
@@ -65,21 +65,23 @@ def _measure(model: str, settings: BenchSettings, budget: int, reserve: int) -> 
     from tenfold.hub import resolve
 
     threads = use_threads(settings.threads)
-    packed = load_within(model, settings, budget, reserve + disk.BUFFERS_BYTES)
+    packed = load_within(model, settings, Budget(budget, settings.warm, reserve + disk.BUFFERS_BYTES))
     assert packed.plan is not None
     positions = settings.prompt_tokens + settings.tokens
     runner = new_runner(packed, settings.batch, positions)
-    ids_BS = random_ids(packed.config.vocab_size, settings.batch, positions)
     files = sorted(Path(resolve(model)).glob("*.safetensors"))
     usage, speeds = Usage(packed, settings.batch), []
     with one_torch_thread():
-        metered_round(runner, ids_BS, settings.prompt_tokens, Usage(packed, settings.batch))
-        for number in range(ROUNDS):
+        for number in range(ROUNDS + 1):
+            ids_BS = random_ids(packed.config.vocab_size, settings.batch, positions, number)
+            if not number:
+                metered_round(runner, ids_BS, settings.prompt_tokens, Usage(packed, settings.batch))
+                continue
             metered_round(runner, ids_BS, settings.prompt_tokens, usage)
             speeds.append(disk.random_read_speed(files, packed.plan.record, DISK_SECONDS, number))
     speed = sum(speeds) / len(speeds)
     decode = usage.costs(usage.decode)
-    from_disk = decode["disk_bytes_per_token"]
+    missed = decode["missed_bytes_per_token"]
     return {
         "threads": threads,
         "batch": settings.batch,
@@ -87,6 +89,6 @@ def _measure(model: str, settings: BenchSettings, budget: int, reserve: int) -> 
         "prompt": usage.costs(usage.prompt),
         "decode": decode,
         "disk_read_bytes_per_second": speed,
-        "bound_tokens_per_second": speed / from_disk if from_disk else None,
+        "bound_tokens_per_second": speed / missed if missed else None,
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -41,16 +41,15 @@ class Room(NamedTuple):
 
 
 def plan_memory(
-    config: ModelConfig, parts: Sequence[Part], budget: int | None, room: Room, reserve: int = 0
+    config: ModelConfig, parts: Sequence[Part], limit: int | None, room: Room, reserve: int = 0
 ) -> Plan:
-    """How `budget` bytes, by default what is free less a margin, are spent. Call it when all is imported.
+    """How `limit` bytes are spent, by default what is free less a margin. Call it when all is imported.
 
-    `reserve` is what this process's children take. Raises TenfoldError where not even two experts would fit,
-    naming the smallest budget that works.
+    `limit` and `reserve` are a `Budget`'s. Raises TenfoldError where not even two experts would fit, naming
+    the smallest budget that works.
     """
     process = resident_bytes() + reserve
-    if budget is None:
-        budget = default_budget(process)
+    budget = default_budget(process) if limit is None else limit
     weights = sum(_always_bytes(part) for part in parts)
     kv_cache = kv_cache_bytes(config, room)
     layers = [part for part in parts if isinstance(part, Experts)]
@@ -150,7 +149,7 @@ def _latent_scratch(config: ModelConfig, room: Room, tokens: int) -> int:
 
 
 def _feed_forward_scratch(config: ModelConfig, tokens: int) -> int:
-    """csrc/experts.cpp: what goes in and through all filled slots, as floats and rounded; then shared ones."""
+    """csrc/experts.cpp: what goes in and through filled slots, as floats and rounded; then shared ones."""
     D, F, K = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
     dense = max(config.intermediate_size, config.shared_width)
     sparse = tokens * (K * ((4 + 2) * (D + F) + 16) + 2 * 4 * config.num_experts) if config.is_sparse else 0

@@ -9,12 +9,13 @@ import torch
 
 from tenfold.device import one_torch_thread
 from tenfold.engine import encoder_decoder
-from tenfold.engine.loading import AnyModel, load_model_for
+from tenfold.engine.loading import ANY, AnyModel, load_model_for
 from tenfold.engine.runner import new_runner
 from tenfold.engine.sampler import Sampler
 from tenfold.engine.usage import Usage
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve
+from tenfold.memory import Budget
 from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel
@@ -166,12 +167,11 @@ class Generation:
 
 
 def load_generation(
-    path_or_id: str | Path, prompt: str, params: SamplingParams, memory: int | None = None
+    path_or_id: str | Path, prompt: str, params: SamplingParams, memory: Budget = ANY
 ) -> Generation:
     """A generation with the model and tokenizer of a directory, a .gguf file or a hub id.
 
-    `memory` is a budget in bytes for all that the process holds; what that means and raises is
-    `loading.load_packed_within`'s.
+    What `memory` means and raises is `loading.load_packed_within`'s.
     """
     path = resolve(path_or_id)
     tokenizer = load_tokenizer(path)

@@ -48,6 +48,4 @@ def expected_experts(experts: int, per_token: int, tokens: int) -> float:
 def num_bytes(weight: Weight) -> int:
     if isinstance(weight, PackedMatrix):
         return weight.panels.nbytes
-    if isinstance(weight, StreamedExperts):
-        return weight.count * weight.store.record_bytes
     return weight.records.nbytes if isinstance(weight, PackedExperts) else weight.nbytes

@@ -23,6 +23,8 @@ class Spent:
     seconds: float = 0.0
     hits: int = 0
     misses: int = 0
+    ahead: int = 0
+    """Hits that were read shortly before, because they seemed to be wanted next."""
     bytes_read: int = 0
     wait_seconds: float = 0.0
 
@@ -35,9 +37,11 @@ class Usage:
         self.plan: Plan | None = None
         self._batch = batch
         self._store: ExpertStore | None = None
+        self._record_bytes = 0
         self._reading: Reading | None = None
         if isinstance(model, PackedModel):
             self.plan, self._store = model.plan, model.store
+            self._record_bytes = self._store.record_bytes if self._store else 0
             self._reading = Reading.of(model.config, model.weights, batch)
 
     @contextmanager
@@ -51,6 +55,7 @@ class Usage:
             after = self._store.meter()
             spent.hits += after.hits - before.hits
             spent.misses += after.misses - before.misses
+            spent.ahead += after.prefetched_used - before.prefetched_used
             spent.bytes_read += after.bytes_read - before.bytes_read
             spent.wait_seconds += after.wait_seconds - before.wait_seconds
 
@@ -74,6 +79,7 @@ class Usage:
             "tokens_per_second": spent.tokens / spent.seconds if spent.seconds else None,
             "weight_bytes_per_token": None if weights is None else weights * per,
             "disk_bytes_per_token": spent.bytes_read * per,
+            "missed_bytes_per_token": self._record_bytes * (spent.misses + spent.ahead) * per,
             "hit_rate": spent.hits / looked_up if looked_up else None,
             "disk_wait_seconds_per_token": spent.wait_seconds * per,
             "compute_seconds_per_token": (spent.seconds - spent.wait_seconds) * per,
@@ -85,7 +91,7 @@ class Usage:
         if self._reading is None:
             return None
         if self._store:
-            experts = (spent.hits + spent.misses) * self._store.record_bytes
+            experts = (spent.hits + spent.misses) * self._record_bytes
             return spent.steps * self._reading.always_bytes + experts
         return (
             spent.steps * self._reading.bytes_per_step if spent.tokens == spent.steps * self._batch else None
