@@ -104,9 +104,7 @@ def available_bytes() -> int | None:
     """Memory that can be taken without swapping: the least of what the machine has free (Linux's
     MemAvailable) and what its control groups leave this process; None where it is not known."""
     try:
-        lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        machine = int(fields["MemAvailable"].split()[0]) * 1024
+        machine = int(_fields(_PROC / "meminfo")["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
     return min([machine, *_left_by_cgroups()])
@@ -158,13 +156,25 @@ def check_fits(needed: int, what: str, instead: str) -> None:
 
 def resident_bytes() -> int:
     """What this process holds now, mapped files included; or held at most, where that is unknown."""
-    try:
-        return int((_PROC / "self/statm").read_text().split()[1]) * resource.getpagesize()
-    except (OSError, ValueError, IndexError):
-        return peak_memory_bytes()
+    return _status("VmRSS") or peak_memory_bytes()
 
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held at once, files it maps included."""
+    # Linux's ru_maxrss begins with what the process held that started this one.
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(field: str) -> int | None:
+    """Bytes that Linux tells of this process under a name."""
+    try:
+        return int(_fields(_PROC / "self/status")[field].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _fields(file: Path) -> dict[str, str]:
+    return dict(line.split(":", 1) for line in file.read_text().splitlines())

@@ -57,9 +57,9 @@ def load(path_or_id: str, settings: BenchSettings) -> Subject:
 def load_within(path_or_id: str, settings: BenchSettings, memory: Budget) -> PackedModel:
     """A packed model within a budget. Raises TenfoldError for any other, and as `load_packed_within` does."""
     path = resolve(path_or_id)
-    _checked(load_config(path), path_or_id, settings)
     if not runs_packed(path):
         raise TenfoldError(f"--memory: {path} {no_budget(path)}")
+    _checked(load_config(path), path_or_id, settings)
     return load_packed_within(path, memory, _room(settings))
 
 
