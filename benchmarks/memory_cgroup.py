@@ -22,8 +22,16 @@ class Group:
 
     def run(self, command: Sequence[str], **options: object) -> "subprocess.CompletedProcess[str]":
         """The command, from its first instruction on in the group; `options` are subprocess.run's."""
-        enter = [sys.executable, "-S", "-c", ENTER, str(self.folder / "cgroup.procs")]
-        return subprocess.run([*enter, *command], text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+        return subprocess.run(self._entering(command), text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+    def start(self, command: Sequence[str]) -> "subprocess.Popen[str]":
+        """The same, to be spoken with; it must have ended before the group can."""
+        return subprocess.Popen(
+            self._entering(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def _entering(self, command: Sequence[str]) -> list[str]:
+        return [sys.executable, "-S", "-c", ENTER, str(self.folder / "cgroup.procs"), *command]
 
     @property
     def peak(self) -> int:
