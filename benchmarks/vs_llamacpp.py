@@ -24,7 +24,6 @@ from olmoe_gguf import write_olmoe
 from perplexity import perplexity_rows
 
 from tenfold import compiled
-from tenfold.bench.reading import Reading
 from tenfold.bench.speed import one_round, random_ids
 from tenfold.bench.subject import cut
 from tenfold.bench.threads import use_threads
@@ -32,6 +31,7 @@ from tenfold.checkpoint.families import family_for
 from tenfold.config import ModelConfig
 from tenfold.engine.packed import PackedRunner
 from tenfold.engine.random_weights import random_packed, random_packed_bytes
+from tenfold.engine.reading import Reading
 from tenfold.engine.runner import Runner
 from tenfold.formats import Packing
 from tenfold.memory import available_bytes

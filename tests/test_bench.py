@@ -11,13 +11,13 @@ from test_cli import run
 
 from tenfold import compiled
 from tenfold.bench.model import prefill_ops
-from tenfold.bench.reading import Reading, expected_experts
 from tenfold.bench.settings import BenchSettings
 from tenfold.bench.subject import cut, formats
 from tenfold.checkpoint import save_model
 from tenfold.checkpoint.pack.record import down_offset
 from tenfold.config import ModelConfig
 from tenfold.engine.random_weights import RandomRows, random_packed, random_packed_bytes
+from tenfold.engine.reading import Reading, expected_experts
 from tenfold.engine.runner import TorchRunner
 from tenfold.errors import TenfoldError
 from tenfold.formats import Packing

@@ -152,7 +152,7 @@ def test_one_message_on_the_command_line(capsys: pytest.CaptureFixture[str], fol
     assert status == 0, err
     _, out, _ = run(capsys, "chat", folder, *options, "--json")
     found = json.loads(out)
-    assert set(found) == {"text", "tokens", "prompt_tokens", "finish_reason"}
+    assert set(found) == {"text", "tokens", "prompt_tokens", "finish_reason", "usage"}
     assert plain == found["text"] + "\n"
 
 

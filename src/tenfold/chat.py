@@ -2,15 +2,21 @@
 
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from tenfold.engine.llm import Generation
-from tenfold.engine.loading import AnyModel
+from tenfold.engine.llm import Generation, context_of
+from tenfold.engine.loading import ANY, USUAL_CONTEXT, AnyModel, load_model_and_tokenizer
 from tenfold.errors import TenfoldError
+from tenfold.memory import Budget
+from tenfold.model.switch import SwitchTransformer
+from tenfold.packed import PackedModel
 from tenfold.sampling import SamplingParams
 from tenfold.switch_config import decoder_only
 from tenfold.tokenizer import Tokenizer
 
+TEMPLATE_BYTES = 48 << 20
+"""Of memory, for the process that a chat template runs in."""
 FINAL_CHANNEL = "<|channel|>final<|message|>"
 
 
@@ -34,7 +40,10 @@ class Chat:
                 f" `tenfold generate {name} --prompt TEXT`"
             )
         self._model, self._tokenizer, self._params = model, tokenizer, params
-        self._context = decoder_only(model.config, name).max_position_embeddings
+        decoder_only(model.config, name)
+        assert not isinstance(model, SwitchTransformer)
+        self.plan = model.plan if isinstance(model, PackedModel) else None
+        self._context = context_of(model)
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
@@ -76,10 +85,24 @@ class Chat:
         self.messages.pop()
 
 
+def load_chat(
+    model: str,
+    params: SamplingParams,
+    system: str | None = None,
+    memory: Budget = ANY,
+    context: int = USUAL_CONTEXT,
+) -> Chat:
+    """A conversation with a model on disk; `memory` is `load_generation`'s, `context` what it plans for."""
+    memory = replace(memory, reserve=memory.reserve + TEMPLATE_BYTES)
+    return Chat(*load_model_and_tokenizer(model, memory, context), params, system, model)
+
+
 def talk(chat: Chat) -> None:
     """Read messages from stdin and write answers to stdout, until /exit or the end of input."""
     with suppress(ImportError):
         import readline  # noqa: F401 (lets `input` edit its line and recall the ones before)
+    if chat.plan:
+        _note(str(chat.plan))
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -109,6 +132,8 @@ def _turn(chat: Chat, text: str) -> None:
     except TenfoldError as error:
         _note(str(error))
     print(flush=True)
+    if generation and (line := generation.usage.line()):
+        _note(line)
     if generation and generation.text:
         chat.keep(generation.text)
     else:

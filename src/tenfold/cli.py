@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tenfold.bench.settings import BenchSettings
 from tenfold.errors import TenfoldError
 from tenfold.formats import ExpertsFormat, Packing, RestFormat
+from tenfold.memory import Budget, parse_size
 from tenfold.parsed import first_problem
 from tenfold.sampling import SamplingParams
 from tenfold.train.settings import TrainSettings
@@ -33,7 +34,19 @@ Flat = Parameter(name="*")
 Json = Annotated[bool, Parameter(negative="", help="print one JSON object instead of a table")]
 Out = Annotated[Path, Parameter(name=("--out", "-o"))]
 Context = Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1))]
+Memory = Annotated[
+    int | None,
+    Parameter(
+        converter=lambda _, tokens: parse_size(tokens[0].value),
+        help="all that the process may hold, such as 8GiB: experts of a packed model that do not fit are read"
+        " from disk when they are wanted; by default what is free, less a margin",
+    ),
+]
 Tokens = Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1))]
+Warm = Annotated[
+    Path | None,
+    Parameter(help="trace (`tenfold trace`) whose most used experts are read first, where not all fit"),
+]
 Resume = Annotated[bool, Parameter(negative="", help="go on with the run that is in --out")]
 
 
@@ -122,6 +135,8 @@ def generate(
     *,
     prompt: str = "",
     params: Annotated[SamplingParams, Flat] = SamplingParams(),  # noqa: B008
+    memory: Memory = None,
+    warm: Warm = None,
     json: Json = False,
 ) -> None:
     """Write text with a model.
@@ -135,7 +150,7 @@ def generate(
     """
     from tenfold.engine.llm import load_generation
 
-    _print_generation(load_generation(model, prompt, params), json)
+    _print_generation(load_generation(model, prompt, params, Budget(memory, warm)), json)
 
 
 @app.command
@@ -146,6 +161,9 @@ def chat(
     system: str | None = None,
     message: str | None = None,
     params: Annotated[SamplingParams, Flat] = SamplingParams(),  # noqa: B008
+    memory: Memory = None,
+    warm: Warm = None,
+    context: Context = 4096,
     json: Json = False,
 ) -> None:
     """Talk with a model that was trained to chat.
@@ -160,13 +178,14 @@ def chat(
         what the model is told before the conversation
     message
         say this, print the answer and end
+    context
+        tokens of conversation that a memory budget makes room for
     """
-    from tenfold.chat import Chat, talk
-    from tenfold.engine.loading import load_model_and_tokenizer
+    from tenfold.chat import load_chat, talk
 
     if json and message is None:
         raise TenfoldError("--json needs --message: a conversation is no single object")
-    conversation = Chat(*load_model_and_tokenizer(model), params, system, model)
+    conversation = load_chat(model, params, system, Budget(memory, warm), context)
     if message is None:
         talk(conversation)
     else:
@@ -340,7 +359,9 @@ def _print_generation(generation: "Generation", json: bool) -> None:
         return
     for piece in generation:
         print(piece, end="", flush=True)
-    print()
+    print(flush=True)
+    for line in filter(None, (generation.usage.plan, generation.usage.line())):
+        print(f"({line})", file=sys.stderr)
 
 
 def _print_report(report: dict[str, Any], out: Path, json: bool) -> None:

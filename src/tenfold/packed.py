@@ -21,6 +21,7 @@ from tenfold.engine.expert_store import ExpertStore
 from tenfold.errors import TenfoldError
 from tenfold.formats import ExpertsFormat, Packing, RestFormat
 from tenfold.hub import resolve
+from tenfold.memory import Plan
 from tenfold.model.transformer import Transformer
 from tenfold.panels import pack_matrix
 
@@ -77,6 +78,8 @@ class PackedModel:
     """By the names of our model's state_dict; `layers.3.mlp.experts` stands for gate_up and down."""
     store: ExpertStore | None = None
     """Of all its experts, where they are streamed."""
+    plan: Plan | None = None
+    """What a memory budget leaves for running it; None is no limit."""
 
 
 def packed_matrix(weights_NK: Tensor, form: str) -> PackedMatrix:

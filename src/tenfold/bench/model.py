@@ -5,11 +5,11 @@ from typing import Any
 
 from tenfold.bench import subject
 from tenfold.bench.ceilings import KINDS
-from tenfold.bench.reading import Reading
 from tenfold.bench.settings import BenchSettings
 from tenfold.bench.speed import measure
 from tenfold.config import ModelConfig
 from tenfold.device import one_torch_thread
+from tenfold.engine.reading import Reading
 from tenfold.memory import peak_memory_bytes
 
 

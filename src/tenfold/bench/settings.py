@@ -1,9 +1,15 @@
 """What to measure. Apart from the measuring, so that the command line can read it without torch."""
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from tenfold.errors import TenfoldError
 from tenfold.formats import ExpertsFormat, Packing, RestFormat
+from tenfold.memory import parse_size
+
+RANGE_POINTS = 6
+"""Budgets of a range, its ends included, equally far apart."""
 
 
 class BenchSettings(BaseModel):
@@ -26,6 +32,16 @@ class BenchSettings(BaseModel):
         None, gt=0, description="threads to compute with; by default one a core, or OMP_NUM_THREADS"
     )
 
+    memory: list[str] = Field(
+        default_factory=list,
+        description="all that the process may hold, such as 8GiB; several, or a range such as"
+        " 2GiB..8GiB, make a curve of speeds",
+    )
+    warm: Path | None = Field(
+        None, description="trace (`tenfold trace`) whose most used experts are read first within --memory"
+    )
+    plot: Path | None = Field(None, description="SVG file for that curve")
+
     def check(self, model: str | None) -> None:
         """Raises TenfoldError where the settings, and the model that was named, contradict each other."""
         if model is not None and self.shape is not None:
@@ -34,6 +50,26 @@ class BenchSettings(BaseModel):
             for option in ("layers", "experts", "rest"):
                 if getattr(self, option) is not None:
                     raise TenfoldError(f"--{option} belongs to --shape, which is not given")
+        if self.budgets and model is None:
+            raise TenfoldError("--memory needs a packed model on disk: experts are read from its files")
+        for option in ("plot", "warm"):
+            if getattr(self, option) is not None and not self.budgets:
+                raise TenfoldError(f"--{option} belongs to --memory, which is not given")
+        if self.plot is not None and self.plot.suffix != ".svg":
+            raise TenfoldError(f"--plot {self.plot}: name a file that ends in .svg")
+
+    @property
+    def budgets(self) -> list[int]:
+        """Of --memory, in bytes, the smallest first. TenfoldError for what is no size or range."""
+        found: set[int] = set()
+        for text in self.memory:
+            low, dots, high = text.partition("..")
+            first, last = parse_size(low), parse_size(high if dots else low)
+            if last < first:
+                raise TenfoldError(f"--memory {text!r:.40}: write the smaller size first")
+            steps = RANGE_POINTS - 1
+            found |= {first + (last - first) * step // steps for step in range(RANGE_POINTS)}
+        return sorted(found)
 
     @property
     def packing(self) -> Packing:

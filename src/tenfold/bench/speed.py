@@ -11,6 +11,7 @@ from torch import Tensor
 from tenfold import compiled
 from tenfold.bench.settings import BenchSettings
 from tenfold.engine.runner import Runner
+from tenfold.engine.usage import Usage
 
 ROUNDS = 5
 
@@ -48,9 +49,9 @@ def measure(runner: Runner, vocab_size: int, settings: BenchSettings) -> Speed:
     )
 
 
-def random_ids(vocab_size: int, batch: int, tokens: int) -> Tensor:
+def random_ids(vocab_size: int, batch: int, tokens: int, seed: int = 0) -> Tensor:
     """(batch, tokens). Not what a model would choose, so that sequences, and their experts, differ."""
-    return torch.randint(vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.inference_mode()
@@ -70,3 +71,14 @@ def one_round(runner: Runner, ids_BS: Tensor, prompt_tokens: int) -> Round:
 def native_seconds() -> float:
     """Spent in native calls so far; 0 where the kernels are not used."""
     return float(compiled.module().busy_seconds()) if compiled.available() else 0.0
+
+
+@torch.inference_mode()
+def metered_round(runner: Runner, ids_BS: Tensor, prompt_tokens: int, usage: Usage) -> None:
+    """The same as `one_round`, told to `usage`."""
+    runner.reset()
+    with usage.step(usage.prompt, ids_BS[:, :prompt_tokens].numel()):
+        runner.forward(ids_BS[:, :prompt_tokens])
+    for position in range(prompt_tokens, ids_BS.shape[1]):
+        with usage.step(usage.decode, len(ids_BS)):
+            runner.forward(ids_BS[:, position : position + 1])

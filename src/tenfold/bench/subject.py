@@ -11,14 +11,15 @@ from tenfold import compiled
 from tenfold.bench.settings import BenchSettings
 from tenfold.checkpoint import load_config, load_decoder_only
 from tenfold.config import ModelConfig
-from tenfold.engine.loading import runs_packed
+from tenfold.engine.budget import Room
+from tenfold.engine.loading import load_packed_within, no_budget, runs_packed
 from tenfold.engine.random_weights import random_packed, random_packed_bytes
 from tenfold.engine.runner import Runner, new_runner
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve
-from tenfold.memory import check_fits
+from tenfold.memory import Budget, check_fits
 from tenfold.model.transformer import Transformer
-from tenfold.packed import PackedModel, Weight, load_packed
+from tenfold.packed import PackedModel, Weight
 from tenfold.presets import load_preset
 from tenfold.switch_config import AnyConfig, decoder_only
 
@@ -42,9 +43,7 @@ def load(path_or_id: str, settings: BenchSettings) -> Subject:
     config = _checked(load_config(path), path_or_id, settings)
     start = time.perf_counter()
     if runs_packed(path):
-        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        _check_fits(size, config, path_or_id, settings, "close other programs")
-        return _native_subject(load_packed(path), settings, start)
+        return _native_subject(load_packed_within(path, Budget(), _room(settings)), settings, start)
     _check_fits(
         4 * config.num_params(),
         config,
@@ -53,6 +52,19 @@ def load(path_or_id: str, settings: BenchSettings) -> Subject:
         "pack it, or take a smaller one",
     )
     return _torch_subject(load_decoder_only(path), settings, start)
+
+
+def load_within(path_or_id: str, settings: BenchSettings, memory: Budget) -> PackedModel:
+    """A packed model within a budget. Raises TenfoldError for any other, and as `load_packed_within` does."""
+    path = resolve(path_or_id)
+    if not runs_packed(path):
+        raise TenfoldError(f"--memory: {path} {no_budget(path)}")
+    _checked(load_config(path), path_or_id, settings)
+    return load_packed_within(path, memory, _room(settings))
+
+
+def _room(settings: BenchSettings) -> Room:
+    return Room(settings.batch, settings.prompt_tokens + settings.tokens)
 
 
 def random(settings: BenchSettings) -> Subject:

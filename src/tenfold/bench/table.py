@@ -8,11 +8,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tenfold.memory import size
+
 BAR_WIDTH = 8
 
 
 def report(found: dict[str, Any]) -> Group:
     """The machine's ceilings, then the model's figures with how much of a ceiling each reaches."""
+    if "curve" in found:
+        return Group(_curve(found))
     return Group(_ceilings(found), _model(found)) if "model" in found else Group(_ceilings(found))
 
 
@@ -52,6 +56,39 @@ def _model(found: dict[str, Any]) -> Table:
         table.add_row("experts a layer and step", f"{experts:.3g}", "expected")
     table.add_row("load", _number(found["load_seconds"], "s"))
     table.add_row("peak memory", _number(found["peak_memory_bytes"] / 1e9, "GB"))
+    return table
+
+
+def _curve(found: dict[str, Any]) -> Table:
+    batch = found["curve"][0]["batch"]
+    table = Table(
+        title=Text(f"{found['model']}, batch {batch}, random tokens"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in (
+        "memory",
+        "experts held",
+        "hits",
+        "read a token",
+        "disk",
+        "decode",
+        "disk's bound",
+        "prefill",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for point in found["curve"]:
+        memory, decode, bound = point["memory"], point["decode"], point["bound_tokens_per_second"]
+        table.add_row(
+            size(memory["budget_bytes"]),
+            f"{memory['experts_held']:,} of {memory['experts']:,}",
+            "" if decode["hit_rate"] is None else f"{decode['hit_rate']:.0%}",
+            _number(decode["disk_bytes_per_token"] / 1e6, "MB"),
+            _number(point["disk_read_bytes_per_second"] / 1e9, "GB/s"),
+            _number(decode["tokens_per_second"], "tok/s"),
+            _number(bound, "tok/s") if bound else "",
+            _number(point["prompt"]["tokens_per_second"], "tok/s"),
+        )
     return table
 
 

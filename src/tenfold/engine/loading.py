@@ -1,17 +1,25 @@
 """What runs: a packed model where the compiled kernels are, any other checkpoint as torch's."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from tenfold import compiled
 from tenfold.checkpoint import load_model, read_object
+from tenfold.checkpoint.pack.opened import packed_config
 from tenfold.checkpoint.store import Model
+from tenfold.engine.budget import Room, plan_memory
 from tenfold.errors import TenfoldError
 from tenfold.formats import packing_of
 from tenfold.hub import resolve
-from tenfold.packed import PackedModel, load_packed
+from tenfold.memory import Budget
+from tenfold.packed import PackedModel, load_packed, read_packed
 from tenfold.tokenizer import Tokenizer, load_tokenizer
+from tenfold.trace import file as trace
 
 AnyModel = Model | PackedModel
+ANY = Budget()
+USUAL_CONTEXT = 4096
+"""Positions to plan for where nobody says how many, if the model's context is not shorter."""
 
 
 def runs_packed(path: Path) -> bool:
@@ -21,14 +29,56 @@ def runs_packed(path: Path) -> bool:
     return is_packed and compiled.available()
 
 
-def load_model_and_tokenizer(path_or_id: str | Path) -> tuple[AnyModel, Tokenizer]:
-    """The model and the tokenizer of a directory, a .gguf file or a hub id."""
-    path = resolve(path_or_id)
-    model: AnyModel = load_packed(path) if runs_packed(path) else load_model(path)
-    tokenizer = load_tokenizer(path)
+def load_packed_within(directory: Path, memory: Budget, room: Room) -> PackedModel:
+    """A packed model that runs within a budget: mapped whole if it fits, else with as many of its experts
+    as do.
+
+    All it is run with must be imported, and the tokenizer loaded: what the process holds now counts. `room`
+    is cut to the model's context. Raises TenfoldError for a budget that is too small, before any weight is
+    read, and for a trace of another model.
+    """
+    config, parts = packed_config(directory / "config.json")
+    room = Room(room.batch, min(room.context, config.max_position_embeddings))
+    hottest = trace.hottest(memory.warm, config) if memory.warm else []
+    plan = plan_memory(config, parts, memory.limit, room, memory.reserve)
+    if not plan.streams:
+        return replace(load_packed(directory), plan=None if memory.limit is None else plan)
+    model = replace(read_packed(directory, plan.slots), plan=plan)
+    if model.store:
+        model.store.warm(hottest)
+    return model
+
+
+def load_model_for(tokenizer: Tokenizer, path: Path, memory: Budget, context: int) -> AnyModel:
+    """The model of a directory or a .gguf file, for one sequence of `context` tokens of its tokenizer.
+
+    Raises TenfoldError as `load_packed_within` does, and for a budget on a model that is not packed.
+    """
+    if runs_packed(path):
+        model: AnyModel = load_packed_within(path, memory, Room(1, context))
+    elif memory.limit is not None:
+        raise TenfoldError(f"--memory: {path} {no_budget(path)}")
+    else:
+        model = load_model(path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise TenfoldError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's"
             f" vocab_size {model.config.vocab_size}"
         )
-    return model, tokenizer
+    return model
+
+
+def no_budget(path: Path) -> str:
+    """Why a model that does not run packed cannot be kept to a budget."""
+    if (path / "config.json").is_file() and not compiled.available():
+        return f"cannot be kept to a budget here: {compiled.WHY_NOT}"
+    return "is not packed, and only a packed model runs within a budget: `tenfold pack` makes one"
+
+
+def load_model_and_tokenizer(
+    path_or_id: str | Path, memory: Budget = ANY, context: int = USUAL_CONTEXT
+) -> tuple[AnyModel, Tokenizer]:
+    """The model, as `load_model_for` loads it, and the tokenizer of a directory, .gguf file or hub id."""
+    path = resolve(path_or_id)
+    tokenizer = load_tokenizer(path)
+    return load_model_for(tokenizer, path, memory, context), tokenizer

@@ -80,16 +80,16 @@ def _first_panel(name: str) -> int:
 def random_packed(config: ModelConfig, packing: Packing) -> PackedModel:
     """A model of that shape in memory. Routers are random too, so all experts are about equally busy."""
     config, source = without_predictor(config), RandomRows()
-    weights: dict[str, Weight] = {}
-    for part in _parts(config, packing):
-        if isinstance(part, Experts):
-            weights[part.name] = _experts(source, part)
-        elif isinstance(part, Matrix):
-            panels = source.panels(part.name, part.rows, part.columns, part.format)
-            weights[part.name] = PackedMatrix(panels, part.format, part.rows, part.columns)
-        else:
-            weights[part.name] = plain_tensor(source, part)
-    return PackedModel(config, weights)
+    return PackedModel(config, {part.name: random_weight(source, part) for part in _parts(config, packing)})
+
+
+def random_weight(source: RandomRows, part: Part) -> Weight:
+    if isinstance(part, Experts):
+        return _experts(source, part)
+    if isinstance(part, Matrix):
+        panels = source.panels(part.name, part.rows, part.columns, part.format)
+        return PackedMatrix(panels, part.format, part.rows, part.columns)
+    return plain_tensor(source, part)
 
 
 def random_packed_bytes(config: ModelConfig, packing: Packing) -> int:

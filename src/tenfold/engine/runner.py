@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tenfold.engine.kv_cache import new_kv_cache
 from tenfold.engine.packed import PackedRunner
+from tenfold.errors import TenfoldError
 from tenfold.memory import check_fits
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel
@@ -45,8 +46,14 @@ class TorchRunner:
 def new_runner(model: Transformer | PackedModel, batch: int, capacity: int) -> Runner:
     """With caches for `capacity` positions of `batch` sequences.
 
-    Raises TenfoldError where those could never fit the memory.
+    Raises TenfoldError where those could never fit the memory, or are more than the model's budget plans for.
     """
+    plan = model.plan if isinstance(model, PackedModel) else None
+    if plan and (batch > plan.batch or capacity > plan.context):
+        raise TenfoldError(
+            f"{batch} x {capacity:,} tokens are more than the {plan.batch} x {plan.context:,} that the memory"
+            " budget was planned for"
+        )
     cache_bytes = batch * capacity * model.config.kv_bytes_per_token("bfloat16")
     check_fits(cache_bytes, f"a KV cache for {capacity:,} tokens", "ask for fewer of them")
     runner = PackedRunner if isinstance(model, PackedModel) else TorchRunner

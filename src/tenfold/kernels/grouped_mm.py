@@ -18,8 +18,6 @@ RUNS_PER_OCTAVE = 8
 new at every step. Runs are padded to few lengths: multiples of 128, then an eighth of a power of two."""
 
 
-# Run lengths are data, and inductor takes grouped_mm in bf16 alone.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def experts(
     x_TD: Tensor,
     gate_up: Tensor,

@@ -12,6 +12,9 @@ from tenfold.model.router import Router, RouterAux
 class Experts(nn.Module):
     """The weights of all routed experts, stacked."""
 
+    gate_up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
@@ -22,7 +25,7 @@ class Experts(nn.Module):
         self.register_parameter("down_bias", _zeros(E, D) if config.moe_bias else None)
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, expert_weights_TK: Tensor) -> Tensor:
-        out_TD: Tensor = grouped_mm.experts(
+        return grouped_mm.experts(
             x_TD,
             self.gate_up,
             self.down,
@@ -32,7 +35,6 @@ class Experts(nn.Module):
             self.gate_up_bias,
             self.down_bias,
         )
-        return out_TD
 
 
 def _zeros(*shape: int) -> nn.Parameter:

@@ -73,10 +73,7 @@ class ReluExperts(nn.Module):
         self.wo = nn.Parameter(torch.empty(experts, width, hidden))
 
     def forward(self, x_TD: Tensor, expert_ids_T1: Tensor, expert_weights_T1: Tensor) -> Tensor:
-        out_TD: Tensor = grouped_mm.experts(
-            x_TD, self.wi, self.wo, expert_ids_T1, expert_weights_T1, activation="relu"
-        )
-        return out_TD
+        return grouped_mm.experts(x_TD, self.wi, self.wo, expert_ids_T1, expert_weights_T1, activation="relu")
 
 
 class SwitchMoE(nn.Module):

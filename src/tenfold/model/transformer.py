@@ -23,7 +23,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn at random here: on the meta device that would import 80 MB of compiler.
+        empty_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty_VD, freeze=False)
         sparse = set(config.sparse_layers)
         self.layers = nn.ModuleList(
             DecoderLayer(config, n in sparse) for n in range(config.num_hidden_layers)

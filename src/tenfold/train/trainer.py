@@ -14,6 +14,7 @@ from tenfold.device import keep_freed_memory, pick_device, pick_precision
 from tenfold.errors import TenfoldError
 from tenfold.evaluate import bits_per_byte
 from tenfold.files import write_json
+from tenfold.kernels import grouped_mm
 from tenfold.model.transformer import Transformer
 from tenfold.train import balance
 from tenfold.train.data import TokenData, TrainOrder
@@ -93,6 +94,9 @@ class Trainer:
             self.bias_update = balance.BiasUpdate(self.model, self.settings.bias_update_rate)
             self.bias_update.attach(self.optimizers[0])
         if self.settings.compile:
+            # Run lengths are data, and inductor takes grouped_mm in bf16 alone. Not where it is defined:
+            # the decorator imports 70 MB of compiler into every process.
+            grouped_mm.experts = torch.compiler.disable(grouped_mm.experts)
             self.model.hidden_states = torch.compile(self.model.hidden_states)  # type: ignore[method-assign]
 
     def _first_weights(self) -> Transformer:

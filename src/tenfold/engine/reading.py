@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from tenfold.config import ModelConfig
-from tenfold.packed import PackedExperts, PackedMatrix, Weight
+from tenfold.packed import PackedExperts, PackedMatrix, StreamedExperts, Weight
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,8 @@ class Reading:
     """What a batch of one token a sequence reads, each weight once."""
 
     bytes_per_step: int
+    always_bytes: int
+    """Of those, what is no routed expert's record."""
     experts_per_layer: float
     """Different ones in a sparse layer: what to expect where all experts are equally likely."""
 
@@ -20,7 +22,7 @@ class Reading:
     def of(cls, config: ModelConfig, weights: Mapping[str, Weight], batch: int) -> Self:
         """Experts by expectation; of an embedding that is not the head too, one row a sequence."""
         touched = expected_experts(config.num_experts, config.num_experts_per_tok, batch)
-        size = 0.0
+        always, experts = 0.0, 0.0
         for name, weight in weights.items():
             if name.startswith("mtp."):
                 continue
@@ -29,8 +31,11 @@ class Reading:
                 share = touched / config.num_experts
             elif name == "embed_tokens.weight" and not config.tie_word_embeddings:
                 share = min(1.0, batch / config.vocab_size)
-            size += share * num_bytes(weight)
-        return cls(round(size), touched)
+            if isinstance(weight, (PackedExperts, StreamedExperts)):
+                experts += share * num_bytes(weight)
+            else:
+                always += share * num_bytes(weight)
+        return cls(round(always + experts), round(always), touched)
 
 
 def expected_experts(experts: int, per_token: int, tokens: int) -> float:

@@ -1,0 +1,160 @@
+"""What a packed model takes while it runs, counted from its config before any weight is read; and how many of
+its experts a memory budget therefore holds.
+
+A budget is a contract about everything: Python and its libraries, weights, KV cache, scratch, and what the
+system keeps for the process. Only the experts give way. What is counted is an upper bound of what
+`engine.packed`, `engine.latent` and csrc/ allocate; each term names whose it is.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tenfold import compiled
+from tenfold.checkpoint.pack.layout import Experts, Matrix, Part
+from tenfold.checkpoint.pack.record import whole_pages
+from tenfold.config import ModelConfig
+from tenfold.engine.expert_store import LEAST_SLOTS
+from tenfold.engine.packed import BLOCK, PIECE
+from tenfold.errors import TenfoldError
+from tenfold.memory import Plan, available_bytes, peak_memory_bytes, resident_bytes, size
+from tenfold.model.attend import MAX_SCORES
+
+SYSTEM_BYTES = 48 << 20
+"""Libraries' code that is first touched while running, thread stacks, the kernel's own for a process."""
+SYSTEM_SHARE = 1 / 256
+"""Of everything: page tables, a 512th in pages of 4 KiB, and as much again for what malloc rounds."""
+EXPERT_BYTES = 2048
+"""For an expert's entry in the tables of what a file holds."""
+HUGE_PAGE = 2 << 20
+FREE_SHARE = 1 / 16
+"""Of the free memory, left to others where no budget is named."""
+NAMED_STEP = 4 << 20
+"""The smallest budget is named in multiples of this: what a process takes differs a little each time."""
+
+
+class Room(NamedTuple):
+    """What a run needs memory for besides the model: `context` positions in each of `batch` sequences."""
+
+    batch: int
+    context: int
+
+
+def plan_memory(
+    config: ModelConfig, parts: Sequence[Part], limit: int | None, room: Room, reserve: int = 0
+) -> Plan:
+    """How `limit` bytes are spent, by default what is free less a margin. Call it when all is imported.
+
+    `limit` and `reserve` are a `Budget`'s. Raises TenfoldError where not even two experts would fit, naming
+    the smallest budget that works.
+    """
+    process = resident_bytes() + reserve
+    budget = default_budget(process) if limit is None else limit
+    weights = sum(_always_bytes(part) for part in parts)
+    kv_cache = kv_cache_bytes(config, room)
+    layers = [part for part in parts if isinstance(part, Experts)]
+    experts = sum(layer.count for layer in layers)
+    record = max((layer.record_bytes for layer in layers), default=0)
+    fixed = SYSTEM_BYTES + experts * EXPERT_BYTES + (HUGE_PAGE if experts else 0)
+    scratch = scratch_bytes(config, room) + fixed + math.ceil(budget * SYSTEM_SHARE)
+    needed = process + weights + kv_cache + scratch
+    fewest = min(LEAST_SLOTS, experts)
+    plan = Plan(
+        budget=budget,
+        process=process,
+        weights=weights,
+        kv_cache=kv_cache,
+        scratch=scratch,
+        record=record,
+        slots=min(experts, (budget - needed) // record) if record else 0,
+        experts=experts,
+        batch=room.batch,
+        context=room.context,
+    )
+    if plan.slots < fewest or needed > budget or peak_memory_bytes() + reserve > budget:
+        least = needed - budget * SYSTEM_SHARE + fewest * record
+        raise TenfoldError(_too_small(plan, max(least, peak_memory_bytes() + reserve)))
+    return plan
+
+
+def default_budget(process: int) -> int:
+    """What this process may hold where nobody says: what it has, and most of what is free."""
+    free = available_bytes()
+    return 1 << 62 if free is None else process + int(free * (1 - FREE_SHARE))
+
+
+def _too_small(plan: Plan, least: float) -> str:
+    smallest = math.ceil((least / (1 - SYSTEM_SHARE) + NAMED_STEP) / NAMED_STEP) * NAMED_STEP
+    return (
+        f"a memory budget of {size(plan.budget)} is too small: the smallest that works is {smallest >> 20}MiB"
+        f" (process {size(plan.process)}, weights of every token {size(plan.weights)}, KV cache"
+        f" {size(plan.kv_cache)} for {plan.batch} x {plan.context:,} tokens, scratch {size(plan.scratch)},"
+        f" two experts {size(LEAST_SLOTS * plan.record)})"
+    )
+
+
+def _always_bytes(part: Part) -> int:
+    """In memory: panels as they are; plain tensors beside a float32 and a bf16 copy (`NativeLayers`)."""
+    if isinstance(part, Experts):
+        return 0
+    if isinstance(part, Matrix):
+        unpacked = (
+            4 * part.rows * part.columns if part.name.endswith("kv_b_proj.weight") else 0
+        )  # engine.latent
+        return whole_pages(part.num_bytes) + 2 * unpacked
+    return (4 + 4 + 2) * math.prod(part.shape)
+
+
+def kv_cache_bytes(config: ModelConfig, room: Room) -> int:
+    """Of `PackedRunner`, with the tables that turn positions."""
+    capacity = _rounded(room.context)
+    tables = 4 * 4 * capacity * config.rotary_dim  # cos and sin, and as much while they are made
+    if config.is_latent:
+        tables = 4 * 4 * capacity * config.qk_rope_head_dim
+        width = 4 * (config.kv_lora_rank + config.qk_rope_head_dim)
+    else:
+        width = 2 * 2 * config.num_key_value_heads * _rounded(config.head_dim)
+    return tables + config.num_hidden_layers * room.batch * capacity * width
+
+
+def scratch_bytes(config: ModelConfig, room: Room) -> int:
+    """For the largest piece of a prompt to go through a layer, and for choosing tokens from the logits."""
+    tokens = min(room.batch * room.context, room.batch * max(1, PIECE // room.batch))
+    attention = (
+        _latent_scratch(config, room, tokens)
+        if config.is_latent
+        else _attention_scratch(config, room, tokens)
+    )
+    stream = 4 * 4 * tokens * config.hidden_size
+    logits = (4 * room.batch + 48) * config.vocab_size
+    return stream + attention + _feed_forward_scratch(config, tokens) + logits
+
+
+def _attention_scratch(config: ModelConfig, room: Room, tokens: int) -> int:
+    """Queries, keys, values and what is made of them, rounded inputs of products, scores of a thread each."""
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    rows = 4 * heads * config.head_dim + 2 * (
+        config.hidden_size + config.num_attention_heads * config.head_dim
+    )
+    scores = 16 * (4 + 2) * _rounded(room.context) * compiled.cores()
+    return tokens * rows + scores
+
+
+def _latent_scratch(config: ModelConfig, room: Room, tokens: int) -> int:
+    """torch's: queries and keys of every head three times, and the scores, of some queries at a time."""
+    wide = config.kv_lora_rank + config.qk_rope_head_dim + config.qk_nope_head_dim + config.v_head_dim
+    heads = config.num_attention_heads
+    positions = min(room.context, max(tokens, MAX_SCORES // (heads * tokens)))
+    return 3 * 4 * heads * tokens * (wide + positions)
+
+
+def _feed_forward_scratch(config: ModelConfig, tokens: int) -> int:
+    """csrc/experts.cpp: what goes in and through filled slots, as floats and rounded; then shared ones."""
+    D, F, K = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
+    dense = max(config.intermediate_size, config.shared_width)
+    sparse = tokens * (K * ((4 + 2) * (D + F) + 16) + 2 * 4 * config.num_experts) if config.is_sparse else 0
+    return sparse + tokens * (4 * D + (3 * 4 + 2) * dense)
+
+
+def _rounded(count: int) -> int:
+    return -(-count // BLOCK) * BLOCK
