@@ -243,7 +243,7 @@ def by_native_router(router: Router, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     layers._weights = {f"r.{name}": tensor for name, tensor in router.state_dict().items()}
     shape = (len(x_TD), router.config.num_experts_per_tok)
     ids, weights = torch.empty(shape, dtype=torch.int32), torch.empty(shape)
-    layers._router("r.")(x_TD.data_ptr(), len(x_TD), ids.data_ptr(), weights.data_ptr())
+    layers.router("r.")(x_TD.data_ptr(), len(x_TD), ids.data_ptr(), weights.data_ptr())
     return ids.long(), weights
 
 
