@@ -325,7 +325,7 @@ def start(path: Path, slots: int, program: str, *more: str, **environment: str) 
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     return out
 

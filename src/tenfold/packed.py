@@ -4,6 +4,7 @@ import mmap
 import os
 import warnings
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -130,12 +131,13 @@ def read_packed(path_or_id: str | Path, slots: int) -> PackedModel:
     config, found = _open(path_or_id)
     experts = [there for there in found if isinstance(there.part, Experts)]
     store = ExpertStore(experts, slots) if experts else None
+    layers = count()
     weights: dict[str, Weight] = {}
     for there in found:
         if isinstance(part := there.part, Experts):
             assert store is not None
             shape = (part.count, part.format, part.hidden_size, part.width)
-            weights[part.name] = StreamedExperts(store, experts.index(there), *shape)
+            weights[part.name] = StreamedExperts(store, next(layers), *shape)
         else:
             weights[part.name] = _weight(there, _read(there.raws[0]))
     return PackedModel(config, weights, store)

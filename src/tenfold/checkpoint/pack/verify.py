@@ -51,7 +51,7 @@ def written_checksum(raw: RawTensor) -> int:
 
 
 def damaged(what: str, there: int, written: int) -> str:
-    """csrc/store.cpp says it in the same words."""
+    """csrc/readers.cpp says it in the same words."""
     return (
         f"{what} is damaged: its bytes have the CRC-32 {there:08x}, not {written:08x}; pack the model again"
     )
