@@ -30,6 +30,7 @@ from tenfold.panels import PANEL_ROWS, matrix_bytes, pack_matrix, panel_bytes
 ROWS = 1024
 """Different rows of one width: enough that tokens, and the experts of a layer, differ."""
 STD = 0.02
+FAINT = 1 / 1024
 
 
 class RandomRows:
@@ -78,7 +79,7 @@ def _first_panel(name: str) -> int:
 
 
 def random_packed(config: ModelConfig, packing: Packing) -> PackedModel:
-    """A model of that shape in memory. Routers are random too, so all experts are about equally busy."""
+    """A model of that shape in memory. All experts are about equally busy, whatever came before a token."""
     config, source = without_predictor(config), RandomRows()
     return PackedModel(config, {part.name: random_weight(source, part) for part in _parts(config, packing)})
 
@@ -104,10 +105,16 @@ def random_packed_bytes(config: ModelConfig, packing: Packing) -> int:
 
 
 def plain_tensor(source: RandomRows, part: Plain) -> Tensor:
-    """What stays floating point: routers and gates random, norms one, biases zero; float32."""
+    """What stays floating point: routers and gates random, norms one, biases zero; float32.
+
+    But for attention's norms: what random attention adds is alike for all tokens, and would soon outweigh what
+    tells them apart, so that all would choose the same experts.
+    """
     if part.name.endswith(KEPT):
         rows, columns = part.shape
         return source.matrix(part.name, rows, columns)
+    if "input_layernorm" in part.name:
+        return torch.full(part.shape, FAINT)
     return torch.ones(part.shape) if "norm" in part.name else torch.zeros(part.shape)
 
 
