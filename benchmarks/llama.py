@@ -22,11 +22,12 @@ llama_cpp.llama_backend_init()
 
 
 class LlamaRunner:
-    def __init__(self, file: Path, batch: int, capacity: int, threads: int):
-        """`batch` sequences of up to `capacity` tokens each, with all other settings llama.cpp's own."""
-        self.model = llama_cpp.llama_model_load_from_file(
-            str(file).encode(), llama_cpp.llama_model_default_params()
-        )
+    def __init__(self, file: Path, batch: int, capacity: int, threads: int, mapped: bool = False):
+        """`batch` sequences of up to `capacity` tokens each, with all other settings llama.cpp's own;
+        `mapped` keeps it to the file's pages, where otherwise it repacks weights into memory of its own."""
+        settings = llama_cpp.llama_model_default_params()
+        settings.use_extra_bufts = not mapped
+        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), settings)
         if not self.model:
             raise SystemExit(f"{file}: llama.cpp cannot load it")
         params = llama_cpp.llama_context_default_params()

@@ -2,12 +2,12 @@
 
     python benchmarks/streaming.py [--only decode67 ...] [--rounds 3] [--tokens 16] [--folder F] [--json]
 
-The OLMoE-1B-7B shape with random weights, the worst case for a store of experts: no expert is wanted more
-than another. tenfold's 4-bit pack and llama.cpp's Q4_0 file hold the same ones. Each side is a process in a
-memory control group of its own with the same limit and no swap, and begins with its file out of the page
-cache; the sides take turns, a round each, after one that is not counted. Tokens are random, and new in every
-round. The bound is the bytes of the experts that were missing over the speed at which the disk gave records
-at random, measured after each round. `contract` runs tiny models in groups as wide as their budgets.
+The OLMoE-1B-7B shape with random weights, the same in tenfold's 4-bit pack and llama.cpp's Q4_0 file: the
+worst case for a store, for a token's experts follow from it alone, and none is wanted more than another. Each side is a process in a memory control group of its own with the same limit and no swap, and
+begins with its file out of the page cache; llama.cpp does not repack, or it would be killed. The sides take
+turns, a round each, after one that is not counted; tokens are random, and new in every round. The bound is
+the bytes of the experts that were missing over the speed at which the disk gave records at random, measured
+after each round. `contract` runs two layers in groups as large as their budgets, and in wider ones.
 """
 
 import argparse
@@ -43,6 +43,7 @@ class Side:
     """A process in a memory group that runs rounds on request. `kind` is ours, resident or llama."""
 
     def __init__(self, kind: str, model: Path, budget: int, capacity: int, stack: ExitStack):
+        self.kind = kind
         for file in [model] if model.is_file() else sorted(model.iterdir()):
             _forget(file)
         self.group: Group = stack.enter_context(memory_group(budget))
@@ -60,7 +61,7 @@ class Side:
             pass
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"a side ended with {self.process.wait()}; {self.group.kills} were killed")
+            raise SystemExit(f"{self.kind} ended with {self.process.wait()}; {self.group.kills} were killed")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -91,7 +92,7 @@ def side(request: dict[str, Any]) -> None:
     if request["kind"] == "llama":
         from llama import LlamaRunner
 
-        runner = peer = LlamaRunner(path, 1, capacity, threads)
+        runner = peer = LlamaRunner(path, 1, capacity, threads, mapped=True)
         vocab_size = peer.vocab_size
     else:
         budget, room = Budget(request["budget"]), Room(1, capacity)
