@@ -3,11 +3,12 @@
     python benchmarks/streaming.py [--only decode67 ...] [--rounds 3] [--tokens 16] [--folder F] [--json]
 
 The OLMoE-1B-7B shape with random weights, the same in tenfold's 4-bit pack and llama.cpp's Q4_0 file: the
-worst case for a store, for a token's experts follow from it alone, and none is wanted more than another. Each side is a process in a memory control group of its own with the same limit and no swap, and
-begins with its file out of the page cache; llama.cpp does not repack, or it would be killed. The sides take
-turns, a round each, after one that is not counted; tokens are random, and new in every round. The bound is
-the bytes of the experts that were missing over the speed at which the disk gave records at random, measured
-after each round. `contract` runs two layers in groups as large as their budgets, and in wider ones.
+worst case for a store, for a token's experts follow from it alone, and none is wanted more than another. Each
+side is a process in a memory control group of its own with the same limit and no swap, and begins with its
+file out of the page cache; llama.cpp does not repack, or it would be killed. The sides take turns, a round
+each, after one that is not counted; tokens are random, and new in every round. The bound is the bytes of the
+experts that were missing over the speed at which the disk gives records at random, measured before and after
+each of our rounds. `contract` runs two layers in groups as large as their budgets, and in wider ones.
 """
 
 import argparse
@@ -149,8 +150,10 @@ class Bench:
             disk = []
             for turn in range(self.rounds + 1):
                 for name, each in [*running.items()][:: -1 if turn % 2 else 1]:
+                    before = _disk(files, 2 * turn) if name == "ours" else 0
                     found[name].append(each.round(prompt, tokens, turn))
-                disk.append(random_read_speed(files, _record(_preset("olmoe-1b-7b")), DISK_SECONDS, turn))
+                    if name == "ours":
+                        disk.append((before + _disk(files, 2 * turn + 1)) / 2)
             peaks = {name: each.group.peak for name, each in running.items()}
         counted = {name: each[1:] for name, each in found.items()}
         return {
@@ -207,6 +210,17 @@ def decode40(bench: Bench) -> Iterator[Row]:
 
 def prefill40(bench: Bench) -> Iterator[Row]:
     yield from _against_llama(bench, 40, "prompt", 5.0)
+
+
+def bound(bench: Bench) -> Iterator[Row]:
+    """Ours alone, for the disk slows down for whoever reads as much as llama.cpp."""
+    model = bench.pack("olmoe-1b-7b")
+    for percent in (25, 40, 55, 67, 85):
+        budget = _model_bytes(model) * percent // 100
+        for part, prompt, tokens in (("decode", PROMPT, 4 * bench.tokens), ("prompt", LONG, 1)):
+            found = bench.race({"ours": ("ours", model)}, budget, prompt, tokens)
+            what = {"prompt": f"prefill of {LONG}", "decode": "decode"}[part]
+            yield _of_bound(f"{what} at {percent}% against the disk's bound", found, part)
 
 
 def resident(bench: Bench) -> Iterator[Row]:
@@ -266,8 +280,10 @@ def _model_bytes(model: Path) -> int:
     return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
 
-def _record(config: ModelConfig) -> int:
-    return record_bytes("q4", config.hidden_size, config.moe_intermediate_size)
+def _disk(files: list[Path], seed: int) -> float:
+    config = _preset("olmoe-1b-7b")
+    record = record_bytes("q4", config.hidden_size, config.moe_intermediate_size)
+    return random_read_speed(files, record, DISK_SECONDS, seed)
 
 
 def _preset(name: str) -> ModelConfig:
@@ -275,7 +291,7 @@ def _preset(name: str) -> ModelConfig:
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    part.__name__: part for part in (decode67, decode40, prefill40, resident, qwen30b, contract)
+    part.__name__: part for part in (decode67, decode40, prefill40, bound, resident, qwen30b, contract)
 }
 
 
