@@ -1,9 +1,11 @@
 """Memory: how much there is, how much this process took, and what a plan gives each part of a run."""
 
+import mmap
 import re
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from tenfold.errors import TenfoldError
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
+_LARGE_PAGE = 2 << 20
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", 1)
@@ -178,3 +181,14 @@ def _status(field: str) -> int | None:
 
 def _fields(file: Path) -> dict[str, str]:
     return dict(line.split(":", 1) for line in file.read_text().splitlines())
+
+
+def large_pages(size: int) -> mmap.mmap:
+    """`size` bytes of memory or a little more, zero, in large pages where the system has them."""
+    size = -(-size // _LARGE_PAGE) * _LARGE_PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
+    with suppress(OSError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages

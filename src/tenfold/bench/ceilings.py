@@ -1,11 +1,9 @@
 """The most this machine does: memory and disk read, and products of each kind."""
 
-import mmap
 import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from tenfold import compiled
 from tenfold.files import writing
-from tenfold.memory import available_bytes
+from tenfold.memory import available_bytes, large_pages
 
 READ_BYTES = 1 << 30
 """Of memory: many times any cache."""
@@ -39,7 +37,7 @@ def measure(threads: int, file: Path | None) -> dict[str, Any]:
     isa = compiled.isa()
     if compiled.available():
         module = compiled.module()
-        buffer = _huge_pages(size)
+        buffer = torch.frombuffer(large_pages(size), dtype=torch.uint8)[:size].fill_(1)
         read = _best(lambda buffer: module.read_seconds(threads, buffer.data_ptr(), size), buffer) * size
         peaks = {name: module.peak(kind, isa, threads) or None for name, kind in KINDS.items()}
     else:
@@ -47,16 +45,6 @@ def measure(threads: int, file: Path | None) -> dict[str, Any]:
         peaks = {name: _torch_peak(kind) for name, kind in KINDS.items()}
     disk = {"disk_read_bytes_per_second": _disk_read(file)}
     return {"isa": isa, "read_bandwidth_bytes_per_second": read, **peaks, **disk}
-
-
-def _huge_pages(size: int) -> Tensor:
-    """Memory that is there, in large pages where they can be had: their tables are not what is measured."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.ones(size, dtype=torch.uint8)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
-    with suppress(OSError):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
 
 
 def _best(work: Any, *arguments: Tensor) -> float:

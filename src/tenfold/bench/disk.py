@@ -1,12 +1,13 @@
 """How fast the disk delivers pieces of a model's files, here and there, past the system's cache."""
 
-import mmap
 import os
 import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tenfold.memory import large_pages
 
 READERS = 4
 LARGEST = 4 << 20
@@ -44,7 +45,8 @@ def _open(file: Path) -> tuple[int, bool]:
 def _read_until(opened: Sequence[tuple[int, bool]], piece: int, end: float, dice: random.Random) -> int:
     """Bytes read; at least one piece."""
     total = 0
-    with mmap.mmap(-1, piece) as buffer, memoryview(buffer) as view:  # direct reads want whole pages
+    # Direct reads want whole pages, and in large ones they are more than twice as fast (LOG.md).
+    with large_pages(piece) as buffer, memoryview(buffer)[:piece] as view:
         while not total or time.perf_counter() < end:
             descriptor, direct = dice.choice(opened)
             places = max(1, (os.fstat(descriptor).st_size - piece) // ALIGNMENT + 1)

@@ -107,8 +107,8 @@ def random_packed_bytes(config: ModelConfig, packing: Packing) -> int:
 def plain_tensor(source: RandomRows, part: Plain) -> Tensor:
     """What stays floating point: routers and gates random, norms one, biases zero; float32.
 
-    But for attention's norms: what random attention adds is alike for all tokens, and would soon outweigh what
-    tells them apart, so that all would choose the same experts.
+    But for attention's norms: what random attention adds is alike for all tokens, and would soon outweigh
+    what tells them apart, so that all would choose the same experts.
     """
     if part.name.endswith(KEPT):
         rows, columns = part.shape
