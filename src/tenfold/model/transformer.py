@@ -23,9 +23,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Not drawn at random here: on the meta device that would import 80 MB of compiler.
-        empty_VD = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(empty_VD, freeze=False)
+        # As nn.Embedding draws them, whose normal_ imports 80 MB of compiler on the meta device.
+        drawn_VD = torch.randn(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(drawn_VD, freeze=False)
         sparse = set(config.sparse_layers)
         self.layers = nn.ModuleList(
             DecoderLayer(config, n in sparse) for n in range(config.num_hidden_layers)
