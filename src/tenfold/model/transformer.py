@@ -23,9 +23,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Not drawn at random here: on the meta device that would import 80 MB of compiler.
-        empty_VD = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(empty_VD, freeze=False)
+        embedding_VD = torch.empty(config.vocab_size, config.hidden_size)
+        if not embedding_VD.is_meta:  # there, drawing nothing at random would import 80 MB of compiler
+            embedding_VD.normal_()
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding_VD, freeze=False)
         sparse = set(config.sparse_layers)
         self.layers = nn.ModuleList(
             DecoderLayer(config, n in sparse) for n in range(config.num_hidden_layers)
