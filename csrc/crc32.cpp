@@ -44,6 +44,13 @@ uint32_t by_tables(uint32_t state, const uint8_t* data, size_t size) {
     return state;
 }
 
+uint32_t product(uint32_t a, uint32_t b) {
+    uint32_t sum = 0;
+    for (uint32_t bit = uint32_t{1} << 31; bit; bit >>= 1, b = times_x(b))
+        if (a & bit) sum ^= b;
+    return sum;
+}
+
 #if defined(TENFOLD_X86)
 
 // x^n modulo the polynomial, in the place where a product without carries wants it.
@@ -98,6 +105,14 @@ uint32_t crc32(const uint8_t* data, size_t size) {
     if (folding && size >= 64) return ~by_folding(~uint32_t{0}, data, size);
 #endif
     return ~by_tables(~uint32_t{0}, data, size);
+}
+
+// The bytes that follow move the first ones by x^(8 size).
+uint32_t joined_crc32(uint32_t first, uint32_t second, size_t size) {
+    uint32_t square = uint32_t{1} << 23;  // x^8
+    for (; size; size >>= 1, square = product(square, square))
+        if (size & 1) first = product(first, square);
+    return first ^ second;
 }
 
 }  // namespace tenfold

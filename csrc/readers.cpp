@@ -13,9 +13,7 @@
 namespace tenfold {
 namespace {
 
-// Enough for the queue of a fast disk; a record in pieces comes in as soon as the disk can bring it.
-constexpr int READERS = 4;
-constexpr size_t PIECE = size_t{1} << 20;
+constexpr int READERS = 4;  // enough for the queue of a fast disk
 constexpr double PATIENCE = 0.25;  // seconds without an expert before a call is Stalled; twice that the next time
 
 size_t largest(const std::vector<StoredLayer>& layers) {
@@ -158,7 +156,7 @@ void Readers::serve() {
             reading->error = std::move(error);
             reading->left -= reading->size - std::exchange(reading->taken, reading->size);
         }
-        if (reading->left == 0) finish(*reading, lock);
+        if (reading->left == 0) finish(*reading);
     }
 }
 
@@ -191,11 +189,14 @@ Readers::Reading* Readers::begin(std::deque<Wanted>& queue, bool demanded) {
     return &readings_.back();
 }
 
-std::string Readers::read_piece(const Reading& reading, size_t at, size_t size) const {
+// And its checksum, while it is in the caches; pieces are read side by side.
+std::string Readers::read_piece(Reading& reading, size_t at, size_t size) const {
     const StoredLayer& layer = records_.layers[reading.wanted.layer];
     const uint64_t first = layer.offset + reading.wanted.expert * static_cast<uint64_t>(layer.record_bytes);
     try {
-        records_.files[layer.file]->read(first + at, size, address(reading.slot) + at);
+        uint8_t* const to = address(reading.slot) + at;
+        records_.files[layer.file]->read(first + at, size, to);
+        reading.checksums[at / PIECE] = crc32(to, size);
         return {};
     } catch (const ReadError& error) {
         return error.what() + (" (" + name(reading.wanted) + ")");
@@ -204,20 +205,17 @@ std::string Readers::read_piece(const Reading& reading, size_t at, size_t size) 
 
 std::string Readers::check(const Reading& reading) const {
     const StoredLayer& layer = records_.layers[reading.wanted.layer];
-    const uint32_t there = crc32(address(reading.slot), reading.size);
+    uint32_t there = reading.checksums[0];
+    for (size_t i = 1; i < reading.checksums.size(); i++)
+        there = joined_crc32(there, reading.checksums[i], std::min(PIECE, reading.size - i * PIECE));
     const uint32_t written = layer.checksums[reading.wanted.expert];
     if (there == written) return {};
     return records_.files[layer.file]->path() + ": " + name(reading.wanted) +
            " is damaged: its bytes have the CRC-32 " + hex(there) + ", not " + hex(written) + "; pack the model again";
 }
 
-void Readers::finish(Reading& reading, std::unique_lock<std::mutex>& lock) {
-    if (reading.error.empty()) {
-        lock.unlock();
-        std::string error = check(reading);
-        lock.lock();
-        reading.error = std::move(error);
-    }
+void Readers::finish(Reading& reading) {
+    if (reading.error.empty()) reading.error = check(reading);
     if (reading.error.empty()) {
         slots_[reading.slot].ready = true;
         slots_[reading.slot].in_use = reading.demanded;

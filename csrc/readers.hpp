@@ -16,6 +16,8 @@
 
 namespace tenfold {
 
+constexpr size_t PIECE = size_t{1} << 20;  // of a record: it comes in as soon as the disk can bring it
+
 struct StoredLayer {
     int number = 0;                   // among the layers of the model
     int file = 0;                     // among those of the store
@@ -70,15 +72,16 @@ private:
         int slot;
         bool demanded;  // by the call under way
         size_t size, taken = 0, left = size;
+        std::vector<uint32_t> checksums = std::vector<uint32_t>((size + PIECE - 1) / PIECE);  // of its pieces
         std::string error = {};
     };
 
     void serve();
     Reading* next();
     Reading* begin(std::deque<Wanted>& queue, bool demanded);
-    std::string read_piece(const Reading& reading, size_t at, size_t size) const;
+    std::string read_piece(Reading& reading, size_t at, size_t size) const;
     std::string check(const Reading& reading) const;
-    void finish(Reading& reading, std::unique_lock<std::mutex>& lock);
+    void finish(Reading& reading);
     void wake();
 
     std::string name(const Wanted& wanted) const;
