@@ -90,6 +90,19 @@ def test_any_memory_batch_and_prompt(kept: Path, slots: int, batch: int, prompt:
         compiled.module().set_threads(before)
 
 
+def test_records_of_several_pieces(tmp_path: Path) -> None:
+    """Longer than the MiB that readers take at once, the last piece shorter: each checked, then all together."""
+    fields = MODEL | {
+        "num_hidden_layers": 1,
+        "num_experts": 4,
+        "hidden_size": 512,
+        "moe_intermediate_size": 1000,
+    }
+    path = write_pack(tmp_path, fields, "q8")
+    assert record_bytes("q8", 512, 1000) % (1 << 20) and record_bytes("q8", 512, 1000) > 1 << 20
+    assert logits(path, 2, text(), 20).equal(logits(path, None, text(), 20))
+
+
 def test_all_in_memory_reads_everything_once(kept: Path) -> None:
     model = read_packed(kept, 10**9)
     assert model.store and model.store.slots == EXPERTS and model.store.record_bytes == RECORD
