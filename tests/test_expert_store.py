@@ -91,7 +91,7 @@ def test_any_memory_batch_and_prompt(kept: Path, slots: int, batch: int, prompt:
 
 
 def test_records_of_several_pieces(tmp_path: Path) -> None:
-    """Longer than the MiB that readers take at once, the last piece shorter: each checked, then all together."""
+    """Longer than the MiB that readers take at once, and no multiple of it."""
     fields = MODEL | {
         "num_hidden_layers": 1,
         "num_experts": 4,
