@@ -187,7 +187,7 @@ NB_MODULE(_native, m) {
         .def("meter", [](Store& self) {
             const StoreMeter meter = self.meter();
             return nb::make_tuple(meter.hits, meter.misses, meter.bytes_read, meter.wait_seconds, meter.prefetched,
-                                  meter.prefetched_used);
+                                  meter.prefetched_used, meter.prefetched_late);
         });
 
     nb::class_<Experts>(m, "Experts")
