@@ -111,9 +111,9 @@ struct Decoder {
                     if (n > 0) layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens);
                     layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
                 }
+                if (n == layers.size() && tokens <= FEW && store()) store()->look_ahead.step(seconds_since(start));
             });
         }
-        if (tokens <= FEW && store()) store()->look_ahead.step(seconds_since(start));
     }
 
 private:
@@ -187,7 +187,7 @@ NB_MODULE(_native, m) {
         .def("meter", [](Store& self) {
             const StoreMeter meter = self.meter();
             return nb::make_tuple(meter.hits, meter.misses, meter.bytes_read, meter.wait_seconds, meter.prefetched,
-                                  meter.prefetched_used);
+                                  meter.prefetched_used, meter.prefetched_late);
         });
 
     nb::class_<Experts>(m, "Experts")

@@ -84,15 +84,18 @@ std::vector<int32_t> Readers::demand(int layer, const int32_t* ids, int tokens, 
         (slot < 0 ? missing : slots_[slot].ready ? here : coming).push_back(e);
         if (slot < 0) continue;
         meter_.prefetched_used += slots_[slot].foreseen;
+        meter_.prefetched_late += slots_[slot].foreseen && !slots_[slot].ready;
         slots_[slot].in_use = true;
     }
-    slots_.count(layer, uses, tokens);
+    if (!std::exchange(stalled_, false)) {
+        slots_.count(layer, uses, tokens);
+        meter_.hits += here.size();
+        meter_.misses += coming.size() + missing.size();
+    }
     for (Reading& reading : readings_)
         reading.demanded |= reading.wanted.layer == layer && uses[reading.wanted.expert];
     for (int32_t e : missing) demanded_.push_back({layer, e});
     predicted_ = std::exchange(announced_, {});
-    meter_.hits += here.size();
-    meter_.misses += coming.size() + missing.size();
     here.insert(here.end(), coming.begin(), coming.end());
     here.insert(here.end(), missing.begin(), missing.end());
     wake();
@@ -113,6 +116,7 @@ size_t Readers::await(int layer, const std::vector<int32_t>& experts, size_t fir
         if (!failure_.empty()) throw ReadError(failure_);
         if (!in_time) {
             patience_ *= 2;  // a call that cannot hold all its experts begins anew, and must end some time
+            stalled_ = true;
             throw Stalled();
         }
     }

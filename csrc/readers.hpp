@@ -35,7 +35,7 @@ struct StoreMeter {
     uint64_t hits = 0, misses = 0;  // experts that a call wanted and that were in memory, or not yet
     uint64_t bytes_read = 0;
     double wait_seconds = 0;
-    uint64_t prefetched = 0, prefetched_used = 0;
+    uint64_t prefetched = 0, prefetched_used = 0, prefetched_late = 0;  // the last are used, and misses
 };
 
 // A call has waited long: let Python hear of signals, and make it again. What it wants is still being read.
@@ -97,6 +97,7 @@ private:
     std::list<Reading> readings_;
     std::string failure_;  // of what the call under way demanded
     double patience_;
+    bool stalled_ = false;  // the last call: what it wanted has been counted, and it comes again
     StoreMeter meter_;
     bool stop_ = false;
     std::vector<std::thread> threads_;

@@ -27,7 +27,7 @@ public:
     static void before_fork();
     static void after_fork(bool in_child);
 
-    Trial look_ahead;
+    Trial look_ahead;  // of one call at a time (module.cpp)
 
 private:
     friend class Visit;

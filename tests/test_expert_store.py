@@ -426,8 +426,24 @@ def test_a_call_through_two_slots_ends_on_the_slowest_disk(shim: Path, tmp_path:
 wanted = logits(path, None, text(1, 1), 1)
 fault("slow 300")
 assert runner.forward(text(1, 1)).equal(wanted[:, 0])
+meter = model.store.meter()
+assert meter.hits + meter.misses == 3 * 3, meter  # what begins again is counted once
 """
     finish(faulty(shim, tmp_path, kept, 2, program))
+
+
+def test_an_expert_that_look_ahead_brings_late_is_one_miss(shim: Path, tmp_path: Path, kept: Path) -> None:
+    program = """
+fault("slow 5")
+stepwise(runner, text(), 1)
+fault("")
+model.store.warm([(0, 0)])
+meter = model.store.meter()
+assert meter.prefetched_late
+read = meter.misses + meter.prefetched_in_time
+assert read * model.store.record_bytes <= meter.bytes_read, meter
+"""
+    finish(faulty(shim, tmp_path, kept, 6, program))
 
 
 INTERRUPTED = """

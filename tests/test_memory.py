@@ -1,8 +1,12 @@
 """Memory budgets: refused in words, spent as planned, kept to before the kernel's eyes; the same tokens."""
 
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from test_cli import run
 from texts import TEXTS
 
 from tenfold import compiled, memory
+from tenfold.bench import within
 from tenfold.checkpoint import save_model
 from tenfold.checkpoint.pack.layout import parts_by_file
 from tenfold.checkpoint.pack.opened import packed_config
@@ -269,6 +274,38 @@ def test_bench_over_budgets(packed: Path, tmp_path: Path) -> None:
     command = [*tenfold, "bench", packed, "--memory", "1MiB", *short]
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert ran.returncode == 2 and "smallest that works is" in ran.stderr and ran.stderr.count("\n") == 1
+
+
+@native
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+def test_ctrl_c_ends_bench_in_one_line(packed: Path) -> None:
+    """A terminal sends it to the process that measures, too."""
+    code = "from tenfold.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", packed, "--memory", "2GiB", "--tokens", "400"]
+    process = subprocess.Popen(
+        list(map(str, [*command, "--prompt-tokens", 8])), text=True, stderr=subprocess.PIPE, process_group=0
+    )
+    while not (children := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
+        time.sleep(0.01)
+    while "libtorch" not in Path(f"/proc/{children[0]}/maps").read_text():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "tenfold: interrupted")
+    assert "Traceback" not in err
+
+
+def test_what_the_system_refuses_a_measuring_process_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise OSError(2, "No such file or directory", "model.safetensors")
+
+    monkeypatch.setattr(within, "_measure", gone)
+    request = {"model": "m", "settings": {}, "budget": 1, "reserve": 1}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(request)))
+    within.child()
+    assert "No such file or directory: 'model.safetensors'" in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_a_range_of_budgets(capsys: pytest.CaptureFixture[str]) -> None:

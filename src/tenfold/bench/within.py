@@ -14,7 +14,12 @@ ROUNDS = 2
 """After one that is not counted, which fills the store."""
 DISK_SECONDS = 0.5
 """Of reading at random after each round: a disk has good and bad moments, and these are the run's own."""
-CHILD = "from tenfold.bench.within import child; child()"
+CHILD = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for its parent, which then kills it
+from tenfold.bench.within import child
+child()
+"""
 
 
 def measure_within(model: str, settings: BenchSettings, budget: int) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def child() -> None:
     settings = BenchSettings.model_validate(request["settings"])
     try:
         answer = _measure(request["model"], settings, request["budget"], request["reserve"])
-    except TenfoldError as error:
+    except (TenfoldError, OSError) as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))
 

@@ -30,6 +30,13 @@ class StoreMeter(NamedTuple):
     """Experts that were read because the next layer's router seemed to want them."""
     prefetched_used: int
     """Those that it then wanted."""
+    prefetched_late: int
+    """Of these, still being read when it did: misses too."""
+
+    @property
+    def prefetched_in_time(self) -> int:
+        """Hits that would have been misses."""
+        return self.prefetched_used - self.prefetched_late
 
 
 class ExpertStore:

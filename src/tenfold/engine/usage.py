@@ -55,7 +55,7 @@ class Usage:
             after = self._store.meter()
             spent.hits += after.hits - before.hits
             spent.misses += after.misses - before.misses
-            spent.ahead += after.prefetched_used - before.prefetched_used
+            spent.ahead += after.prefetched_in_time - before.prefetched_in_time
             spent.bytes_read += after.bytes_read - before.bytes_read
             spent.wait_seconds += after.wait_seconds - before.wait_seconds
 
