@@ -95,7 +95,7 @@ void work(const F& f) {
 
 // All layers but for the last one's feed-forward, which only the tokens that predict need. One call a step:
 // between layers Python would find its own code gone from the caches, for the weights that came through. A
-// prompt, where that matters less, can be interrupted between two layers.
+// prompt or a disk, where that matters less, can be interrupted between two layers.
 struct Decoder {
     std::vector<DecoderLayer> layers;
     std::vector<Cache> caches;
@@ -103,7 +103,7 @@ struct Decoder {
     void operator()(Address x, Address sequences, Address positions, int tokens) const {
         const auto start = std::chrono::steady_clock::now();
         const Places places{at<const int32_t>(sequences), at<const int32_t>(positions), tokens};
-        const size_t at_once = tokens > 1 ? 1 : layers.size();
+        const size_t at_once = tokens > 1 || store() ? 1 : layers.size();
         for (size_t n = 0; n < layers.size(); hear_signals()) {
             try_work([&](Pool& pool, const Kernels& set) {
                 for (const size_t end = std::min(n + at_once, layers.size()); n < end; n++) {
@@ -120,7 +120,12 @@ private:
     // More of them want most experts, and there is nothing to predict.
     static constexpr int FEW = 8;
 
-    Store* store() const { return layers.back().feed_forward.experts.store; }
+    // The model's, which all sparse layers have.
+    Store* store() const {
+        for (const DecoderLayer& layer : layers)
+            if (layer.feed_forward.experts.store) return layer.feed_forward.experts.store;
+        return nullptr;
+    }
 };
 
 Linear new_linear(Address panels, int format, int rows, int columns, Address bias) {

@@ -253,6 +253,8 @@ def test_a_model_that_is_not_packed_has_no_budget(tmp_path: Path, capsys: pytest
     for verb in ("generate", "bench"):
         status, _, err = run(capsys, verb, tmp_path / "plain", "--memory", "1GiB")
         assert status == 2 and "only a packed model runs within a budget" in err
+    status, _, err = run(capsys, "generate", tmp_path / "plain", "--prompt", "a", "--warm", tmp_path / "none")
+    assert status == 2 and "--warm" in err
 
 
 @native

@@ -30,8 +30,8 @@ def runs_packed(path: Path) -> bool:
 
 
 def load_packed_within(directory: Path, memory: Budget, room: Room) -> PackedModel:
-    """A packed model that runs within a budget: mapped whole if it fits, else with as many of its experts
-    as do.
+    """A packed model that runs within a budget, with as many of its experts as fit, each checked when it is
+    read. Where nobody names a budget, one that fits is mapped, which reads nothing beforehand.
 
     All it is run with must be imported, and the tokenizer loaded: what the process holds now counts. `room`
     is cut to the model's context. Raises TenfoldError for a budget that is too small, before any weight is
@@ -41,8 +41,8 @@ def load_packed_within(directory: Path, memory: Budget, room: Room) -> PackedMod
     room = Room(room.batch, min(room.context, config.max_position_embeddings))
     hottest = trace.hottest(memory.warm, config) if memory.warm else []
     plan = plan_memory(config, parts, memory.limit, room, memory.reserve)
-    if not plan.streams:
-        return replace(load_packed(directory), plan=None if memory.limit is None else plan)
+    if memory.limit is None and not plan.streams:
+        return load_packed(directory)
     model = replace(read_packed(directory, plan.slots), plan=plan)
     if model.store:
         model.store.warm(hottest)
@@ -56,8 +56,9 @@ def load_model_for(tokenizer: Tokenizer, path: Path, memory: Budget, context: in
     """
     if runs_packed(path):
         model: AnyModel = load_packed_within(path, memory, Room(1, context))
-    elif memory.limit is not None:
-        raise TenfoldError(f"--memory: {path} {no_budget(path)}")
+    elif memory.limit is not None or memory.warm is not None:
+        option = "--warm" if memory.limit is None else "--memory"
+        raise TenfoldError(f"{option}: {path} {no_budget(path)}")
     else:
         model = load_model(path)
     if tokenizer.vocab_size > model.config.vocab_size:
