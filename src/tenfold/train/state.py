@@ -149,7 +149,7 @@ class RunFolder:
 
 
 def _defaults(part: str) -> dict[str, Any]:
-    """Of a part of run.json, as JSON: what an older tenfold, which had no such field, did without saying so."""
+    """Of a part of run.json, as JSON: what a tenfold that had no such field yet did."""
     kinds: dict[str, type[BaseModel]] = {"settings": TrainSettings, "config": ModelConfig}
     if part not in kinds:
         return {}
