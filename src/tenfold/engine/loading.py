@@ -45,7 +45,8 @@ def load_packed_within(directory: Path, memory: Budget, room: Room) -> PackedMod
         return load_packed(directory)
     model = replace(read_packed(directory, plan.slots), plan=plan)
     if model.store:
-        model.store.warm(hottest)
+        every = ((layer, e) for layer in config.sparse_layers for e in range(config.num_experts))
+        model.store.warm(hottest if plan.streams else every)
     return model
 
 
