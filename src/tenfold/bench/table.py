@@ -66,28 +66,21 @@ def _curve(found: dict[str, Any]) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for column in (
-        "memory",
-        "experts held",
-        "hits",
-        "read a token",
-        "disk",
-        "decode",
-        "disk's bound",
-        "prefill",
-    ):
+    columns = ("memory", "experts\nheld", "hits", "from disk\nMB/token", "disk\nGB/s")
+    speeds = ("decode\ntok/s", "disk's\nbound", "prefill\ntok/s")
+    for column in columns + speeds:
         table.add_column(column, justify="right", no_wrap=True)
     for point in found["curve"]:
         memory, decode, bound = point["memory"], point["decode"], point["bound_tokens_per_second"]
         table.add_row(
             size(memory["budget_bytes"]),
-            f"{memory['experts_held']:,} of {memory['experts']:,}",
+            f"{memory['experts_held'] / memory['experts']:.0%}" if memory["experts"] else "",
             "" if decode["hit_rate"] is None else f"{decode['hit_rate']:.0%}",
-            _number(decode["disk_bytes_per_token"] / 1e6, "MB"),
-            _number(point["disk_read_bytes_per_second"] / 1e9, "GB/s"),
-            _number(decode["tokens_per_second"], "tok/s"),
-            _number(bound, "tok/s") if bound else "",
-            _number(point["prompt"]["tokens_per_second"], "tok/s"),
+            f"{decode['disk_bytes_per_token'] / 1e6:,.4g}",
+            f"{point['disk_read_bytes_per_second'] / 1e9:.3g}",
+            f"{decode['tokens_per_second']:.4g}",
+            f"{bound:.4g}" if bound else "",
+            f"{point['prompt']['tokens_per_second']:.4g}",
         )
     return table
 
