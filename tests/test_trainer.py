@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,20 @@ def test_another_runs_folder_is_refused(whole: Path, tiny: TrainSettings) -> Non
         train(other, whole, resume=True)
 
 
+def test_a_run_from_before_a_field_was_there_is_the_same_run(
+    whole: Path, tiny: TrainSettings, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(whole, old)
+    record = json.loads((old / "run.json").read_text())
+    del record["settings"]["locality_loss"], record["config"]["layer_types"], record["config"]["n_group"]
+    (old / "run.json").write_text(json.dumps(record))
+    assert train(tiny, old, resume=True)["tokens"] == 24 * 4 * 32
+    local = tiny.model_copy(update={"locality_loss": 0.5})
+    with pytest.raises(TenfoldError, match=r"settings\.locality_loss is 0\.0 there and 0\.5 here"):
+        train(local, old, resume=True)
+
+
 def test_a_folder_of_other_things_is_refused(tiny: TrainSettings, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(TenfoldError, match="not a tenfold run"):
@@ -170,8 +185,6 @@ def test_a_folder_of_other_things_is_refused(tiny: TrainSettings, tmp_path: Path
 
 
 def test_a_damaged_checkpoint_is_named(tiny: TrainSettings, whole: Path, tmp_path: Path) -> None:
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     (out / "result.json").unlink()

@@ -17,14 +17,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
+from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 from tenfold.files import new_folder, read_json, write_json, write_text, writing
 from tenfold.model.transformer import Transformer
+from tenfold.train.settings import TrainSettings
 
 RESULT_FIELDS = {"total_params", "tokens", "curve", "seq_len", "seed", "precision", "data_key", "vocab_size"}
 
@@ -73,11 +76,12 @@ class RunFolder:
         if not isinstance(old, dict) or not all(isinstance(part, dict) for part in old.values()):
             raise TenfoldError(f"{self.path / 'run.json'}: not the record of a tenfold run")
         for part in new:
+            there = _defaults(part) | old.get(part, {})
             for name in new[part]:
-                if old.get(part, {}).get(name) != new[part][name]:
+                if there.get(name) != new[part][name]:
                     raise TenfoldError(
                         f"{self.path} belongs to another run: {part}.{name} is"
-                        f" {old.get(part, {}).get(name)!r} there and {new[part][name]!r} here;"
+                        f" {there.get(name)!r} there and {new[part][name]!r} here;"
                         " choose another --out"
                     )
 
@@ -142,6 +146,15 @@ class RunFolder:
             if line.endswith("\n") and int(re.match(r'{"step": (\d+)', line).group(1)) <= step  # type: ignore[union-attr]
         ]
         write_text(self.metrics, "".join(kept))
+
+
+def _defaults(part: str) -> dict[str, Any]:
+    """Of a part of run.json, as JSON: what a tenfold that had no such field yet did."""
+    kinds: dict[str, type[BaseModel]] = {"settings": TrainSettings, "config": ModelConfig}
+    if part not in kinds:
+        return {}
+    values: dict[str, Any] = kinds[part].model_construct().model_dump(mode="json")
+    return values
 
 
 def _save_state(state: dict[str, Any], folder: Path) -> None:
