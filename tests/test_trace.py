@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from tenfold.model.transformer import Transformer
 from tenfold.packed import load_packed, packed_of, read_packed
 from tenfold.tokenizer import Tokenizer, train_bpe
 from tenfold.trace import simulate
+from tenfold.trace import trace as trace_verb
 from tenfold.trace.analysis import analyse
 from tenfold.trace.file import Ids, Trace, hottest, load, save
 from tenfold.trace.record import trace_of
@@ -408,7 +410,52 @@ def test_a_trace_warms_the_store_of_its_model(folder: Path, tmp_path: Path) -> N
     assert store.meter().bytes_read == 5 * store.record_bytes
 
 
+def test_a_name_is_neither_formula_nor_always_text(folder: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "a$_$b.txt", tmp_path / "bad\udcff.txt"]
+    for file in files:
+        file.write_text("the cat sat on the mat")
+    found = trace_verb(str(folder / "model"), [*map(str, files)], 20, tmp_path / "t", tmp_path / "p.svg")
+    assert [Path(kind).name for kind in found["load"]] == ["a$_$b.txt", "bad?.txt"]
+    assert "a$_$b.txt" in (tmp_path / "p.svg").read_text()
+
+
+def test_a_text_named_twice_is_read_once(folder: Path, tmp_path: Path) -> None:
+    texts = [str(folder / "prose.txt")] * 2
+    assert trace_verb(str(folder / "model"), texts, 50, tmp_path / "t", None)["tokens"] == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "FOLDER/prose.txt", "-o", "/nowhere/t"], "/nowhere/t: cannot be written"),
+        (["--data", "FOLDER/prose.txt", "-o", "OUT", "--plot", "/nowhere/p.svg"], "/nowhere/p.svg: cannot"),
+        (["--data", "FOLDER/nowhere.txt", "-o", "OUT"], "nowhere.txt: no such file"),
+    ],
+    ids=["out", "plot", "data"],
+)
+def test_what_can_be_refused_is_refused_before_a_weight_is_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    shutil.copytree(folder / "model", tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    given_ = [a.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "t")) for a in arguments]
+    status, _, err = run(capsys, "trace", tmp_path / "broken", *given_)
+    assert status == 2 and words in err
+
+
+def test_a_picture_does_not_replace_its_trace(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both, prose = tmp_path / "t.svg", folder / "prose.txt"
+    status, _, err = run(capsys, "trace", folder / "model", "--data", prose, "-o", both, "--plot", both)
+    assert status == 2 and "the trace's own file" in err
+    assert run(capsys, "trace", folder / "model", "--data", prose, "-o", both)[0] == 0
+    status, _, err = run(capsys, "trace", both, "--plot", both)
+    assert status == 2 and "the trace's own file" in err and load(both)
+
+
 BAD = [
+    (["FOLDER/nothing"], "nothing: no such trace"),
     (["FOLDER/dense", "--data", "FOLDER/prose.txt", "-o", "OUT"], "dense: there are no experts"),
     (["FOLDER/model", "--data", "FOLDER/nowhere.txt", "-o", "OUT"], "nowhere.txt: no such file"),
     (["FOLDER/model", "--data", "FOLDER/prose.txt"], "--data and --out go together"),

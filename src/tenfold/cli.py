@@ -318,7 +318,7 @@ def trace(
     model: str,
     /,
     *,
-    data: list[str] | None = None,
+    data: Annotated[list[str] | None, Parameter(negative="")] = None,
     tokens: Tokens = 2048,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     plot: Path | None = None,

@@ -28,6 +28,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.size": 9,
+    "text.parse_math": False,  # names of files and models are no formulas
     "svg.fonttype": "none",
     "svg.hashsalt": "tenfold",
 }

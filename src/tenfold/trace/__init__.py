@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.errors import TenfoldError
+from tenfold.files import check_writable, write_text
 
 
 def trace(
@@ -26,6 +27,10 @@ def trace(
         raise TenfoldError(f"{out} is there already: choose another --out")
     if picture is not None and picture.suffix != ".svg":
         raise TenfoldError(f"--plot {picture}: name a file that ends in .svg")
+    if picture is not None and picture in (out, Path(model)):
+        raise TenfoldError(f"--plot {picture}: that is the trace's own file")
+    for written in filter(None, (out, picture)):
+        check_writable(written)
     from rich.console import Console
 
     from tenfold.trace.analysis import analyse
@@ -42,7 +47,6 @@ def trace(
     with console.status("working out what stores would have held"):
         found = analyse(recorded)
     if picture is not None:
-        from tenfold.files import write_text
         from tenfold.trace.plot import draw
 
         write_text(picture, draw(found))

@@ -100,6 +100,8 @@ def load(path: Path) -> Trace:
     """Raises TenfoldError if it is no trace, or one that contradicts itself."""
     if path.is_dir():
         raise TenfoldError(f"{path} is a folder: name a trace, or record one of a model there with --data")
+    if not path.exists():
+        raise TenfoldError(f"{path}: no such trace; one of a model is recorded with --data and --out")
     tensors = list_file(path)
     if tensors.keys() != {"experts", "lookahead"}:
         raise TenfoldError(f"{path}: not a trace, which has the tensors experts and lookahead and no other")

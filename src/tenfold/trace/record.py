@@ -7,13 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tenfold.checkpoint import load_config
 from tenfold.checkpoint.pack.record import record_bytes
-from tenfold.engine.loading import AnyModel, load_model_and_tokenizer
+from tenfold.config import ModelConfig
+from tenfold.engine.loading import ANY, USUAL_CONTEXT, AnyModel, load_model_for
 from tenfold.errors import TenfoldError
+from tenfold.hub import resolve
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel
-from tenfold.switch_config import decoder_only
-from tenfold.tokenizer import Tokenizer
+from tenfold.switch_config import AnyConfig, decoder_only
+from tenfold.tokenizer import Tokenizer, load_tokenizer
 from tenfold.trace.file import Ids, Segment, Trace, TraceHeader
 from tenfold.trace.routes import Routes, packed_routes, torch_routes
 from tenfold.train.corpus import read_documents
@@ -30,11 +33,13 @@ def record(path_or_id: str, sources: Sequence[str], tokens: int) -> Trace:
     Each source, as `train` takes them, is a kind of text, and all have equal shares of the tokens; one that
     is shorter ends early. Raises TenfoldError for sources without text and models without experts.
     """
-    model, tokenizer = load_model_and_tokenizer(path_or_id)
-    share = -(-tokens // len(sources))
-    size = min(WINDOW, decoder_only(model.config, path_or_id).max_position_embeddings)
-    texts = {source: list(_windows(source, tokenizer, share, size)) for source in sources}
-    return trace_of(model, path_or_id, texts)
+    path = resolve(path_or_id)
+    config = _traceable(load_config(path), path_or_id)
+    tokenizer = load_tokenizer(path)
+    kinds = dict.fromkeys(sources)
+    share, size = -(-tokens // len(kinds)), min(WINDOW, config.max_position_embeddings)
+    texts = {_name(source): list(_windows(source, tokenizer, share, size)) for source in kinds}
+    return trace_of(load_model_for(tokenizer, path, ANY, USUAL_CONTEXT), _name(path_or_id), texts)
 
 
 def trace_of(model: AnyModel, name: str, windows: dict[str, list[Tensor]]) -> Trace:
@@ -42,11 +47,7 @@ def trace_of(model: AnyModel, name: str, windows: dict[str, list[Tensor]]) -> Tr
 
     Raises TenfoldError for a model without experts, or whose experts choose their tokens.
     """
-    config = decoder_only(model.config, name)
-    if not config.is_sparse:
-        raise TenfoldError(f"{name} is dense: there are no experts to trace")
-    if config.router == "expert_choice":
-        raise TenfoldError(f"{name}: router expert_choice cannot be traced: its experts choose tokens")
+    config = _traceable(model.config, name)
     layers = config.sparse_layers
     fields = {
         "model": name,
@@ -62,6 +63,20 @@ def trace_of(model: AnyModel, name: str, windows: dict[str, list[Tensor]]) -> Tr
     chosen = _stack([[routes.chosen[n] for n in header.layers] for routes in seen], header)
     ahead = _stack([[routes.ahead[n] for n in header.foreseen] for routes in seen], header)
     return Trace(header, chosen, ahead)
+
+
+def _traceable(config: AnyConfig, name: str) -> ModelConfig:
+    config = decoder_only(config, name)
+    if not config.is_sparse:
+        raise TenfoldError(f"{name} is dense: there are no experts to trace")
+    if config.router == "expert_choice":
+        raise TenfoldError(f"{name}: router expert_choice cannot be traced: its experts choose tokens")
+    return config
+
+
+def _name(path: str) -> str:
+    """As text: the name of a file may hold bytes that are none."""
+    return path.encode(errors="replace").decode()
 
 
 def _windows(source: str, tokenizer: Tokenizer, tokens: int, size: int) -> Iterator[Tensor]:
