@@ -1,6 +1,7 @@
 """One model within one memory budget, measured in a process of its own: what ran before would count."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ ROUNDS = 2
 """After one that is not counted, which fills the store."""
 DISK_SECONDS = 0.5
 """Of reading at random after each round: a disk has good and bad moments, and these are the run's own."""
-CHILD = "from tenfold.bench.within import child; child()"
+CHILD = (  # Ctrl-C, which reaches it too, ends it without a word: whoever started it has them
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    " from tenfold.bench.within import child; child()"
+)
 
 
 def measure_within(model: str, settings: BenchSettings, budget: int) -> dict[str, Any]:
@@ -35,6 +39,9 @@ def measure_within(model: str, settings: BenchSettings, budget: int) -> dict[str
         text=True,
         check=False,
     )
+    if ran.returncode < 0:
+        why = signal.strsignal(-ran.returncode)
+        raise TenfoldError(f"measuring within {size(budget)} was killed ({why})")
     if ran.returncode:
         raise TenfoldError(f"measuring within {size(budget)} ended with exit status {ran.returncode}")
     answer: dict[str, Any] = json.loads(ran.stdout)
