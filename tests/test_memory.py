@@ -250,11 +250,13 @@ def test_on_the_command_line(
 def test_a_model_that_is_not_packed_has_no_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Transformer(CONFIG.model_copy(update={"num_hidden_layers": 1})).init_weights(0)
     save_model(model, tmp_path / "plain", tokenizer())
-    for verb in ("generate", "bench"):
-        status, _, err = run(capsys, verb, tmp_path / "plain", "--memory", "1GiB")
-        assert status == 2 and "only a packed model runs within a budget" in err
-    status, _, err = run(capsys, "generate", tmp_path / "plain", "--prompt", "a", "--warm", tmp_path / "none")
-    assert status == 2 and "--warm" in err
+    for verb, option, value in (
+        ("generate", "--memory", "1GiB"),
+        ("bench", "--memory", "1GiB"),
+        ("generate", "--warm", "nowhere"),
+    ):
+        status, _, err = run(capsys, verb, tmp_path / "plain", option, value)
+        assert status == 2 and option in err and "only a packed model runs within a budget" in err
 
 
 @native
@@ -308,6 +310,41 @@ def test_what_the_system_refuses_a_measuring_process_is_told(
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(request)))
     within.child()
     assert "No such file or directory: 'model.safetensors'" in json.loads(capsys.readouterr().out)["error"]
+
+
+@native
+def test_a_process_that_is_killed_says_by_what(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tenfold.bench import within
+    from tenfold.bench.settings import BenchSettings
+
+    monkeypatch.setattr(within, "CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(TenfoldError, match=r"within 1\.00 GiB was killed \(Killed\)"):
+        within.measure_within(str(packed), BenchSettings(), 1 << 30)
+
+
+def test_a_curve_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from tenfold.bench.table import report
+
+    cost = {"hit_rate": 0.93, "disk_bytes_per_token": 123.4e6, "tokens_per_second": 21234.5}
+    point = {
+        "memory": {"budget_bytes": 100 << 30, "experts_held": 4_321, "experts": 15_360},
+        "batch": 1, "decode": cost, "prompt": cost,
+        "disk_read_bytes_per_second": 2.613e9, "bound_tokens_per_second": 10500.0,
+    }  # fmt: skip
+    Console(width=80).print(report({"model": "some/model", "curve": [point]}))
+    printed = capsys.readouterr().out
+    assert "…" not in printed and "15,360 experts" in printed
+    row = printed.splitlines()[-2].split()
+    assert row == ["100.00", "GiB", "4,321", "93%", "123", "2.61", "21,234", "10,500", "21,234"]
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, _, err = run(capsys, "bench", "nowhere/", "--memory", "1GiB", "--plot", "/nowhere/p.svg")
+    assert status == 2 and "/nowhere/p.svg: cannot be written" in err
 
 
 def test_a_range_of_budgets(capsys: pytest.CaptureFixture[str]) -> None:

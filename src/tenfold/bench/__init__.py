@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from tenfold.bench.settings import BenchSettings
+from tenfold.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +20,8 @@ def bench(model: str | None, settings: BenchSettings) -> dict[str, Any]:
     from rich.console import Console
 
     settings.check(model)
+    if settings.plot is not None:
+        check_writable(settings.plot)
     progress = Console(stderr=True)
     if model is not None and settings.budgets:
         return _curve(model, settings, progress)
@@ -47,7 +50,6 @@ def _curve(model: str, settings: BenchSettings, progress: "Console") -> dict[str
             points.append(measure_within(model, settings, budget))
     if settings.plot is not None:
         from tenfold.bench.plot import draw
-        from tenfold.files import write_text
 
         write_text(settings.plot, draw(points, model))
     return {"model": model, "curve": points}

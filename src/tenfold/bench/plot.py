@@ -15,7 +15,8 @@ def draw(points: list[dict[str, Any]], model: str) -> str:
         measured = [point["decode"]["tokens_per_second"] for point in points]
         bounds = [point["bound_tokens_per_second"] for point in bounded]
         axis.plot(_budgets(points), measured, "o-", label="measured")
-        axis.plot(_budgets(bounded), bounds, "s--", label="if reading what was missing were all")
+        if bounded:
+            axis.plot(_budgets(bounded), bounds, "s--", label="if reading what was missing were all")
         axis.set(title=model, xlabel="memory (GiB)", ylabel="decoded tokens/s", ylim=(0, 1.5 * max(measured)))
         axis.grid(alpha=0.2)
         axis.legend(frameon=False)

@@ -60,27 +60,27 @@ def _model(found: dict[str, Any]) -> Table:
 
 
 def _curve(found: dict[str, Any]) -> Table:
-    batch = found["curve"][0]["batch"]
+    first = found["curve"][0]
+    of = f"{found['model']}: {first['memory']['experts']:,} experts, batch {first['batch']}, random tokens"
     table = Table(
-        title=Text(f"{found['model']}, batch {batch}, random tokens"),
+        title=Text(f"{of}; decode, the disk's bound on it and prefill in tokens/s"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    columns = ("memory", "experts\nheld", "hits", "from disk\nMB/token", "disk\nGB/s")
-    speeds = ("decode\ntok/s", "disk's\nbound", "prefill\ntok/s")
-    for column in columns + speeds:
+    columns = ("memory", "experts\nheld", "hits", "MB read\na token", "disk\nGB/s")
+    for column in (*columns, "decode", "disk's\nbound", "prefill"):
         table.add_column(column, justify="right", no_wrap=True)
     for point in found["curve"]:
         memory, decode, bound = point["memory"], point["decode"], point["bound_tokens_per_second"]
         table.add_row(
             size(memory["budget_bytes"]),
-            f"{memory['experts_held'] / memory['experts']:.0%}" if memory["experts"] else "",
+            f"{memory['experts_held']:,}",
             "" if decode["hit_rate"] is None else f"{decode['hit_rate']:.0%}",
-            f"{decode['disk_bytes_per_token'] / 1e6:,.4g}",
-            f"{point['disk_read_bytes_per_second'] / 1e9:.3g}",
-            f"{decode['tokens_per_second']:.4g}",
-            f"{bound:.4g}" if bound else "",
-            f"{point['prompt']['tokens_per_second']:.4g}",
+            _digits(decode["disk_bytes_per_token"] / 1e6),
+            _digits(point["disk_read_bytes_per_second"] / 1e9),
+            _digits(decode["tokens_per_second"]),
+            _digits(bound) if bound else "",
+            _digits(point["prompt"]["tokens_per_second"]),
         )
     return table
 
@@ -89,6 +89,11 @@ def _bar(fraction: float | None, ceiling: str) -> list[ProgressBar | str]:
     if fraction is None:
         return []
     return [ProgressBar(1.0, min(fraction, 1.0), BAR_WIDTH), f"{100 * fraction:.0f}% of {ceiling}"]
+
+
+def _digits(value: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _number(value: float, unit: str) -> str:

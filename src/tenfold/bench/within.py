@@ -1,6 +1,7 @@
 """One model within one memory budget, measured in a process of its own: what ran before would count."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,9 @@ def measure_within(model: str, settings: BenchSettings, budget: int) -> dict[str
         text=True,
         check=False,
     )
+    if ran.returncode < 0:
+        why = signal.strsignal(-ran.returncode)
+        raise TenfoldError(f"measuring within {size(budget)} was killed ({why})")
     if ran.returncode:
         raise TenfoldError(f"measuring within {size(budget)} ended with exit status {ran.returncode}")
     answer: dict[str, Any] = json.loads(ran.stdout)

@@ -53,7 +53,7 @@ def load_packed_within(directory: Path, memory: Budget, room: Room) -> PackedMod
 def load_model_for(tokenizer: Tokenizer, path: Path, memory: Budget, context: int) -> AnyModel:
     """The model of a directory or a .gguf file, for one sequence of `context` tokens of its tokenizer.
 
-    Raises TenfoldError as `load_packed_within` does, and for a budget on a model that is not packed.
+    Raises TenfoldError as `load_packed_within` does, and for a budget or a trace if it is not packed.
     """
     if runs_packed(path):
         model: AnyModel = load_packed_within(path, memory, Room(1, context))
