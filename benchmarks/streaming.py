@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from memory_cgroup import Group, memory_group
+from rich.console import Console
+from rich.progress import track
 
 from tenfold.bench.disk import random_read_speed
 from tenfold.bench.within import CHILD
@@ -245,7 +247,7 @@ def contract(bench: Bench) -> Iterator[Row]:
     """Random budgets, prompts and batches: how many were killed, or held more than their budget."""
     dice, exceeded, most = random.Random(0), 0, 0.0
     models = [bench.pack("olmoe-1b-7b", rest, 2) for rest in ("q4", "q8")]
-    for _ in range(bench.runs):
+    for _ in track(range(bench.runs), "contract", console=Console(stderr=True)):
         settings = {
             "prompt_tokens": dice.choice((1, 7, 100, 1500)),
             "tokens": dice.randint(1, 8),
