@@ -1,6 +1,7 @@
 """For all tests: transformers stays offline, caches stay in a temporary folder, tensors are tiny."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from tenfold.train.settings import TrainSettings
+
+# A shell that runs the tests in the background has them, and all they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # With tensors this small a second thread only waits.
 torch.set_num_threads(1)
