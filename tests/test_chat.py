@@ -13,7 +13,7 @@ from test_generation import Scripted, model_of
 from tenfold.chat import Chat, talk
 from tenfold.chat_template import ChatTemplate
 from tenfold.checkpoint import save_model
-from tenfold.engine.llm import Generation
+from tenfold.engine.generation import Generation
 from tenfold.errors import TenfoldError
 from tenfold.sampling import SamplingParams
 from tenfold.tokenizer import END_OF_TEXT, Tokenizer, train_bpe

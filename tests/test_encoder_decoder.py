@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers, processors
 from tenfold.checkpoint import save_model
 from tenfold.cli import main
 from tenfold.engine.encoder_decoder import GrowingKVCache, generate_tokens
-from tenfold.engine.llm import Generation, load_generation
+from tenfold.engine.generation import Generation, load_generation
 from tenfold.errors import TenfoldError
 from tenfold.sampling import SamplingParams
 from tenfold.tokenizer import Tokenizer, load_tokenizer

@@ -18,7 +18,7 @@ import pytest
 
 from tenfold.checkpoint import save_model
 from tenfold.config import ModelConfig
-from tenfold.engine.llm import Generation
+from tenfold.engine.generation import Generation
 from tenfold.engine.loading import load_model_and_tokenizer
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve

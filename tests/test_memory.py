@@ -25,7 +25,7 @@ from tenfold.checkpoint.pack.opened import packed_config
 from tenfold.checkpoint.pack.record import record_bytes
 from tenfold.config import ModelConfig
 from tenfold.engine.budget import Room, plan_memory
-from tenfold.engine.llm import generate_tokens, load_generation
+from tenfold.engine.generation import generate_tokens, load_generation
 from tenfold.engine.loading import load_model_and_tokenizer, load_packed_within
 from tenfold.engine.runner import new_runner
 from tenfold.errors import TenfoldError
@@ -148,7 +148,7 @@ def test_plans_add_up(packed: Path, batch: int, context: int, more: int) -> None
 
 GENERATE = """
 import json, sys
-from tenfold.engine.llm import load_generation
+from tenfold.engine.generation import load_generation
 from tenfold.memory import Budget
 from tenfold.sampling import SamplingParams
 generation = load_generation(

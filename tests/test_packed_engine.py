@@ -16,7 +16,7 @@ from tenfold import compiled
 from tenfold.checkpoint import load_model, save_model
 from tenfold.checkpoint.pack.packing import pack
 from tenfold.config import ModelConfig
-from tenfold.engine.llm import Generation, generate_tokens
+from tenfold.engine.generation import Generation, generate_tokens
 from tenfold.engine.loading import load_model_and_tokenizer
 from tenfold.engine.packed import PIECE, PackedRunner
 from tenfold.errors import TenfoldError

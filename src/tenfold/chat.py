@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from tenfold.engine.llm import Generation, context_of
+from tenfold.engine.generation import Generation, context_of
 from tenfold.engine.loading import ANY, USUAL_CONTEXT, AnyModel, load_model_and_tokenizer
 from tenfold.errors import TenfoldError
 from tenfold.memory import Budget

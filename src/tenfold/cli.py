@@ -20,7 +20,7 @@ from tenfold.sampling import SamplingParams
 from tenfold.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from tenfold.engine.llm import Generation
+    from tenfold.engine.generation import Generation
 
 app = App(
     name="tenfold",
@@ -148,7 +148,7 @@ def generate(
     prompt
         text to go on from
     """
-    from tenfold.engine.llm import load_generation
+    from tenfold.engine.generation import load_generation
 
     _print_generation(load_generation(model, prompt, params, Budget(memory, warm)), json)
 

@@ -8,7 +8,7 @@ from tenfold import specialization
 from tenfold.checkpoint import load_config, load_decoder_only
 from tenfold.config import ModelConfig
 from tenfold.device import pick_device, pick_precision
-from tenfold.engine.llm import Generation
+from tenfold.engine.generation import Generation
 from tenfold.engine.meter import decode_tokens_per_second
 from tenfold.errors import TenfoldError
 from tenfold.files import write_json, write_text, writing

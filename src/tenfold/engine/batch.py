@@ -1,0 +1,64 @@
+"""Many sequences of different lengths in one pass through a model: what the scheduler steps.
+
+A pass can stop between two layers and go on later, so that a long prompt never keeps the sequences that
+are being decoded waiting for more than a layer's time.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from tenfold.config import ModelConfig
+
+
+class Chunk(NamedTuple):
+    """What one sequence brings to a pass."""
+
+    blocks: Sequence[int]
+    """Its KV cache: positions [i * block_size, (i + 1) * block_size) are in block `blocks[i]`."""
+    start: int
+    """Positions that are in the cache already."""
+    ids: Sequence[int]
+    """Its next tokens, at positions start, start + 1, …"""
+    wanted: int
+    """Of the last of these, whose logits are wanted: 0 where a prompt goes on in a later pass."""
+
+
+class Pass(Protocol):
+    """Chunks on their way through the layers."""
+
+    routes: Sequence[Tensor]
+    """The experts chosen so far: of each sparse layer int32 (T, K), -1 where a slot is empty. Of the last
+    layer only (N, K), for the N tokens whose logits are wanted: the others do not go through its experts."""
+
+    def advance(self, layers: int | None = None) -> bool:
+        """Run the next `layers`, or all that are left. True when all are done."""
+        ...
+
+    def logits(self) -> Tensor:
+        """(N, V) float32, of the wanted tokens in the order of the chunks. Only once all layers are done."""
+        ...
+
+
+class BatchRunner(Protocol):
+    """A model, with the blocks of its KV cache."""
+
+    config: ModelConfig
+    block_size: int
+    """Positions of a block."""
+    num_blocks: int
+    max_tokens: int
+    """Of a pass."""
+
+    def begin(self, chunks: Sequence[Chunk]) -> Pass:
+        """A pass. Several may be under way, of different sequences, advanced in any order.
+
+        A sequence's numbers do not depend on what else is in the pass, nor on how its prompt was cut.
+        Raises TenfoldError for ids that are no tokens, and for more of them than there is room for.
+        """
+        ...
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Blocks that a new sequence will use: what is left in them must not be NaN."""
+        ...
