@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenfold.config import ModelConfig
-from tenfold.engine.kv_cache import new_kv_cache
 from tenfold.engine.generation import Generation, generate_tokens
+from tenfold.engine.kv_cache import new_kv_cache
 from tenfold.engine.sampler import Sampler
 from tenfold.errors import TenfoldError
 from tenfold.model.transformer import Transformer
