@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class SamplingParams(BaseModel):
@@ -24,8 +24,8 @@ class SamplingParams(BaseModel):
     frequency_penalty: float = Field(
         0.0, ge=-2, le=2, description="the same for each time that they were generated"
     )
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
-        default_factory=dict, description="added to the logits of tokens"
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, description="by token id: added to its logit"
     )
     seed: int | None = Field(None, ge=0, lt=2**63, description="same seed, same text")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
@@ -35,3 +35,11 @@ class SamplingParams(BaseModel):
         default_factory=list, description="tokens that end the text, besides the model's own"
     )
     ignore_eos: bool = Field(False, description="go on after the tokens that end a text")
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _by_token_id(cls, bias: dict[str, float]) -> dict[str, float]:
+        for token in bias:
+            if not (token.isascii() and token.isdecimal() and len(token) < 10):
+                raise ValueError(f"{token!r:.40} is no token id")
+        return bias
