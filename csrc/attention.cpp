@@ -8,12 +8,12 @@
 
 namespace tenfold {
 
-void Cache::write(int sequence, int head, int position, const float* key, const float* value, int head_dim) const {
-    uint16_t* k = keys_of(sequence, head) + static_cast<size_t>(position / ROWS) * ROWS * width;
-    for (int d = 0; d < head_dim; d++) k[bf16_place(position % ROWS, d)] = to_bf16(key[d]);
-    uint16_t* v = values_of(sequence, head);
+void Cache::write(int block, int head, int offset, const float* key, const float* value, int head_dim) const {
+    uint16_t* k = keys_of(block, head) + static_cast<size_t>(offset / ROWS) * ROWS * width;
+    for (int d = 0; d < head_dim; d++) k[bf16_place(offset % ROWS, d)] = to_bf16(key[d]);
+    uint16_t* v = values_of(block, head);
     for (int d = 0; d < head_dim; d++)
-        v[static_cast<size_t>(d / ROWS) * ROWS * capacity + bf16_place(d % ROWS, position)] = to_bf16(value[d]);
+        v[static_cast<size_t>(d / ROWS) * ROWS * block_size + bf16_place(d % ROWS, offset)] = to_bf16(value[d]);
 }
 
 namespace {
@@ -24,10 +24,10 @@ struct Run {
 };
 
 // As many tokens together as give a full tile with the query heads that share a key head.
-std::vector<Run> cut(const int32_t* sequences, const int32_t* positions, int tokens, int most) {
+std::vector<Run> cut(const Places& places, int most) {
     std::vector<Run> runs;
-    for (int t = 0; t < tokens; t++) {
-        const bool follows = t && sequences[t] == sequences[t - 1] && positions[t] == positions[t - 1] + 1;
+    for (int t = 0; t < places.tokens; t++) {
+        const bool follows = t && places.sequences[t] == places.sequences[t - 1];
         if (follows && runs.back().count < most)
             runs.back().count++;
         else
@@ -36,52 +36,80 @@ std::vector<Run> cut(const int32_t* sequences, const int32_t* positions, int tok
     return runs;
 }
 
+// Positions [begin, end) of a sequence, which lie in one block of its cache, from `offset` on.
+struct Stretch {
+    int block, offset, begin, end;
+};
+
 // One tile of at most 16 queries that share a key head, with the memory it works in.
 class Scorer {
 public:
-    Scorer(const Kernels& kernels, const Heads& heads, const Cache& cache)
-        : kernels_(kernels), heads_(heads), cache_(cache), dot_(kernels.dot[static_cast<int>(Format::bf16)]) {}
+    Scorer(const Kernels& kernels, const Heads& heads, const Cache& cache, const Places& places)
+        : kernels_(kernels), heads_(heads), cache_(cache), places_(places),
+          dot_(kernels.dot[static_cast<int>(Format::bf16)]) {}
 
     // Rows of the tile are (token, head) for `run`'s tokens and query heads [head, head + shared).
-    void run(const float* queries, const Run& run, int sequence, const int32_t* positions, int head, int shared,
-             float* out) {
+    void run(const float* queries, const Run& run, int head, int shared, float* out) {
+        const int* positions = places_.positions + run.first;
         const int T = run.count * shared, kv_head = head / (heads_.heads / heads_.kv_heads);
-        const int last = positions[run.first + run.count - 1], reach = heads_.window;
-        const int begin = reach ? std::max(0, positions[run.first] + 1 - reach) / BLOCK * BLOCK : 0;
+        const int last = positions[run.count - 1], reach = heads_.window;
+        const int begin = reach ? std::max(0, positions[0] + 1 - reach) / BLOCK * BLOCK : 0;
         const int end = (last + BLOCK) / BLOCK * BLOCK;
+        stretch(places_.blocks_of(run.first), begin, end);
         round_queries(queries, run, head, shared);
-        score(cache_.keys_of(sequence, kv_head), begin, end, T);
+        score(kv_head, T);
         for (int i = 0; i < T; i++) {
-            const int position = positions[run.first + i / shared];
+            const int position = positions[i / shared];
             const int from = reach ? std::max(begin, position + 1 - reach) : begin;
             normalise(i, T, from - begin, position + 1 - begin, end - begin, head + i % shared);
         }
-        weigh(cache_.values_of(sequence, kv_head), begin, end, run, head, shared, out);
+        weigh(kv_head, T);
+        for (int i = 0; i < T; i++) {
+            float* to = out + row_of(run, head, shared, i);
+            for (int d = 0; d < heads_.head_dim; d++) to[d] = weighed_[i * cache_.width + d] / sums_[i];
+        }
     }
 
 private:
+    // Where row i of the tile lies among queries, and in the output.
+    size_t row_of(const Run& run, int head, int shared, int i) const {
+        return (static_cast<size_t>(run.first + i / shared) * heads_.heads + head + i % shared) * heads_.head_dim;
+    }
+
+    void stretch(const int32_t* blocks, int begin, int end) {
+        stretches_.clear();
+        for (int at = begin, size = cache_.block_size; at < end;) {
+            const int stop = std::min(end, (at / size + 1) * size);
+            stretches_.push_back({blocks[at / size], at % size, at - begin, stop - begin});
+            at = stop;
+        }
+    }
+
     void round_queries(const float* queries, const Run& run, int head, int shared) {
         const int d = heads_.head_dim, T = run.count * shared, blocks = cache_.width / BLOCK;
         queries_.assign(static_cast<size_t>(T) * cache_.width, 0);
         for (int i = 0; i < T; i++) {
-            const float* row = queries + (static_cast<size_t>(run.first + i / shared) * heads_.heads + head + i % shared) * d;
+            const float* row = queries + row_of(run, head, shared, i);
             for (int b = 0; b < blocks; b++)
                 kernels_.round_bf16(row + b * BLOCK, std::min(BLOCK, d - b * BLOCK),
                                     queries_.data() + (static_cast<size_t>(b) * T + i) * BLOCK);
         }
     }
 
-    // scores_ (T, end - begin)
-    void score(const uint16_t* keys, int begin, int end, int T) {
-        const int span = end - begin, blocks = cache_.width / BLOCK;
+    // scores_ (T, span)
+    void score(int kv_head, int T) {
+        const int span = stretches_.back().end, blocks = cache_.width / BLOCK;
         const Tile tile{nullptr, nullptr, nullptr, queries_.data(), T};
         alignas(64) float part[MAX_TOKENS * ROWS];
         scores_.resize(static_cast<size_t>(T) * span);
-        for (int k = begin; k < end; k += ROWS) {
-            dot_(reinterpret_cast<const uint8_t*>(keys + static_cast<size_t>(k) * cache_.width), blocks, tile, {}, part);
-            for (int i = 0; i < T; i++)
-                for (int r = 0; r < ROWS; r++)
-                    scores_[static_cast<size_t>(i) * span + k - begin + r] = part[i * ROWS + r] * heads_.scale;
+        for (const Stretch& s : stretches_) {
+            const uint16_t* keys = cache_.keys_of(s.block, kv_head) + static_cast<size_t>(s.offset) * cache_.width;
+            for (int at = s.begin; at < s.end; at += ROWS, keys += static_cast<size_t>(ROWS) * cache_.width) {
+                dot_(reinterpret_cast<const uint8_t*>(keys), blocks, tile, {}, part);
+                for (int i = 0; i < T; i++)
+                    for (int r = 0; r < ROWS; r++)
+                        scores_[static_cast<size_t>(i) * span + at + r] = part[i * ROWS + r] * heads_.scale;
+            }
         }
     }
 
@@ -100,16 +128,18 @@ private:
             kernels_.round_bf16(row + b * BLOCK, BLOCK, weights_.data() + (static_cast<size_t>(b) * T + i) * BLOCK);
     }
 
-    void weigh(const uint16_t* values, int begin, int end, const Run& run, int head, int shared, float* out) {
-        const int d = heads_.head_dim, T = run.count * shared;
-        const Tile tile{nullptr, nullptr, nullptr, weights_.data(), T};
+    // weighed_ (T, width): a sum over blocks of the cache, in order. A block that a token does not see, but
+    // others of its tile do, adds zeros.
+    void weigh(int kv_head, int T) {
         alignas(64) float part[MAX_TOKENS * ROWS];
-        for (int row = 0; row < d; row += ROWS) {
-            const uint16_t* panel = values + static_cast<size_t>(row) * cache_.capacity + static_cast<size_t>(begin) * ROWS;
-            dot_(reinterpret_cast<const uint8_t*>(panel), (end - begin) / BLOCK, tile, {}, part);
-            for (int i = 0; i < T; i++) {
-                float* to = out + (static_cast<size_t>(run.first + i / shared) * heads_.heads + head + i % shared) * d + row;
-                for (int r = 0; r < std::min(ROWS, d - row); r++) to[r] = part[i * ROWS + r] / sums_[i];
+        weighed_.assign(static_cast<size_t>(T) * cache_.width, 0);
+        for (const Stretch& s : stretches_) {
+            const uint16_t* panel = cache_.values_of(s.block, kv_head) + static_cast<size_t>(s.offset) * ROWS;
+            const Tile tile{nullptr, nullptr, nullptr, weights_.data() + static_cast<size_t>(s.begin) * T, T};
+            for (int d = 0; d < heads_.head_dim; d += ROWS, panel += static_cast<size_t>(ROWS) * cache_.block_size) {
+                dot_(reinterpret_cast<const uint8_t*>(panel), (s.end - s.begin) / BLOCK, tile, {}, part);
+                for (int i = 0; i < T; i++)
+                    for (int r = 0; r < ROWS; r++) weighed_[i * cache_.width + d + r] += part[i * ROWS + r];
             }
         }
     }
@@ -117,39 +147,41 @@ private:
     const Kernels& kernels_;
     const Heads& heads_;
     const Cache& cache_;
+    const Places& places_;
     Dot dot_;
+    std::vector<Stretch> stretches_;
     std::vector<uint16_t> queries_, weights_;
-    std::vector<float> scores_;
+    std::vector<float> scores_, weighed_;
     float sums_[MAX_TOKENS];
 };
 
 }  // namespace
 
 void attend(Pool& pool, const Kernels& kernels, const Heads& heads, const Cache& cache, const float* queries,
-            const int32_t* sequences, const int32_t* positions, int tokens,
-            const std::function<void(size_t, size_t)>& prepare, float* out) {
+            const Places& places, const std::function<void(size_t, size_t)>& prepare, float* out) {
     const int group = heads.heads / heads.kv_heads, shared = std::min(group, MAX_TOKENS);
     const int pieces = (group + shared - 1) / shared;  // of the query heads of one key head
-    const auto runs = cut(sequences, positions, tokens, MAX_TOKENS / shared);
+    const int32_t *sequences = places.sequences, *end_of_sequences = sequences + places.tokens;
+    const auto runs = cut(places, MAX_TOKENS / shared);
     const size_t per_run = static_cast<size_t>(heads.kv_heads) * pieces;
     // One token a sequence reads what itself wrote: one round of the threads does both. Tokens that read each
     // other's wait for all.
-    const bool alone = pieces == 1 && std::adjacent_find(sequences, sequences + tokens) == sequences + tokens;
+    const bool alone = pieces == 1 && std::adjacent_find(sequences, end_of_sequences) == end_of_sequences;
     if (!alone) {
-        pool.run(static_cast<size_t>(tokens) * heads.kv_heads, 1, [&](size_t begin, size_t end) {
+        pool.run(static_cast<size_t>(places.tokens) * heads.kv_heads, 1, [&](size_t begin, size_t end) {
             for (size_t item = begin; item < end; item++) prepare(item / heads.kv_heads, item % heads.kv_heads);
         });
     }
     // From the last run to the first: the longest come first, so that all threads end together.
     pool.run(runs.size() * per_run, 1, [&](size_t begin, size_t end) {
-        Scorer scorer(kernels, heads, cache);
+        Scorer scorer(kernels, heads, cache, places);
         for (size_t item = begin; item < end; item++) {
             const Run& run = runs[runs.size() - 1 - item / per_run];
             const int which = static_cast<int>(item % per_run);
             const int head = which / pieces * group + which % pieces * shared;
             const int here = std::min(shared, (which / pieces + 1) * group - head);
             if (alone) prepare(run.first, which);
-            scorer.run(queries, run, sequences[run.first], positions, head, here, out);
+            scorer.run(queries, run, head, here, out);
         }
     });
 }

@@ -9,18 +9,35 @@
 
 namespace tenfold {
 
-// One layer's keys and values of some sequences, in bf16. For each sequence and key head, keys are a matrix
-// (capacity, width): panels of 16 positions. Values are its transpose (width, capacity): panels of 16
-// dimensions, blocks of 32 positions. `width` is head_dim rounded up to 32, `capacity` a multiple of 32.
-// Unwritten places must be zero.
+// One layer's keys and values in bf16, in blocks of `block_size` positions, a multiple of 32, that belong to
+// whichever sequence names them. In each block and for each key head, keys are a matrix (block_size, width):
+// panels of 16 positions. Values are its transpose (width, block_size): panels of 16 dimensions, blocks of 32
+// positions. `width` is head_dim rounded up to 32. What a sequence has not written must not be NaN.
 struct Cache {
     uint16_t *keys = nullptr, *values = nullptr;
-    int capacity = 0, kv_heads = 0, width = 0;
+    int block_size = 0, kv_heads = 0, width = 0;
 
-    size_t head_size() const { return static_cast<size_t>(capacity) * width; }
-    uint16_t* keys_of(int sequence, int head) const { return keys + (static_cast<size_t>(sequence) * kv_heads + head) * head_size(); }
-    uint16_t* values_of(int sequence, int head) const { return values + (static_cast<size_t>(sequence) * kv_heads + head) * head_size(); }
-    void write(int sequence, int head, int position, const float* key, const float* value, int head_dim) const;
+    uint16_t* keys_of(int block, int head) const { return keys + place(block, head); }
+    uint16_t* values_of(int block, int head) const { return values + place(block, head); }
+    void write(int block, int head, int offset, const float* key, const float* value, int head_dim) const;
+
+private:
+    size_t place(int block, int head) const {
+        return (static_cast<size_t>(block) * kv_heads + head) * block_size * width;
+    }
+};
+
+// Where tokens stand: token t at `positions[t]` of the sequence whose blocks, in order, are row `sequences[t]`
+// of `tables`. Those of one sequence are neighbours.
+struct Places {
+    const int32_t* tables;
+    int table_width;
+    const int32_t *sequences, *positions;
+    int tokens;
+
+    const int32_t* blocks_of(size_t token) const {
+        return tables + static_cast<size_t>(sequences[token]) * table_width;
+    }
 };
 
 struct Heads {
@@ -30,11 +47,10 @@ struct Heads {
     const float* sinks = nullptr;  // (heads) or null: a logit that takes weight and gives nothing
 };
 
-// out (tokens, heads * head_dim) for queries of the same shape. Token t belongs to sequence `sequences[t]`
-// and stands at `positions[t]`; those of one sequence are neighbours. `prepare(t, kv_head)` makes the token's
-// queries of that key head, and writes its key and value to the cache, where all before it are.
+// out (tokens, heads * head_dim) for queries of the same shape. `prepare(t, kv_head)` makes the token's
+// queries of that key head, and writes its key and value to the cache, where all before it are. A token's
+// numbers depend neither on the other tokens, nor on which blocks its sequence has.
 void attend(Pool& pool, const Kernels& kernels, const Heads& heads, const Cache& cache, const float* queries,
-            const int32_t* sequences, const int32_t* positions, int tokens,
-            const std::function<void(size_t, size_t)>& prepare, float* out);
+            const Places& places, const std::function<void(size_t, size_t)>& prepare, float* out);
 
 }  // namespace tenfold

@@ -7,6 +7,7 @@
 namespace tenfold {
 namespace {
 
+constexpr int HALF = MAX_TOKENS / 2;
 constexpr int TOGETHER = 4;  // tokens whose sums are interleaved: one alone would wait for each product
 
 template <Format F>
@@ -89,17 +90,18 @@ void tile_dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& a
     for (int t = 0; t < T; t++) _mm512_storeu_ps(out + t * ROWS, _mm512_mul_ps(sum[t], row_scales));
 }
 
+// `T` tokens of a tile of `stride`. Each has two sums whatever T is, so that its numbers do not depend on the
+// tokens beside it, and no product of few tokens waits for the one before it.
 template <int T>
-void tile_dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
-    const int32_t* pairs = reinterpret_cast<const int32_t*>(tile.bf16);
-    // Few tokens have a second sum each, so that no product waits for the one before it.
-    constexpr int SUMS = T <= 8 ? 2 : 1;
+void tile_dot_bf16(const uint8_t* panel, int blocks, const uint16_t* tile, int stride, const Ahead& ahead, float* out) {
+    constexpr int SUMS = 2;
+    const int32_t* pairs = reinterpret_cast<const int32_t*>(tile);
     __m512 sum[T][SUMS];
     for (int t = 0; t < T; t++)
         for (int s = 0; s < SUMS; s++) sum[t][s] = _mm512_setzero_ps();
     for (int b = 0; b < blocks; b++) {
         const uint8_t* block = panel + b * code_bytes(Format::bf16);
-        const int32_t* x = pairs + static_cast<size_t>(b) * T * 16;
+        const int32_t* x = pairs + static_cast<size_t>(b) * stride * 16;
         ahead.fetch(b);
 #pragma GCC unroll 16
         for (int pair = 0; pair < 16; pair++) {
@@ -110,19 +112,18 @@ void tile_dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, const Ahe
                                                        (__m512bh)_mm512_set1_epi32(x[t * 16 + pair]));
         }
     }
-    for (int t = 0; t < T; t++) {
-        __m512 all = sum[t][0];
-        if constexpr (SUMS == 2) all = _mm512_add_ps(all, sum[t][1]);
-        _mm512_storeu_ps(out + t * ROWS, all);
-    }
+    for (int t = 0; t < T; t++) _mm512_storeu_ps(out + t * ROWS, _mm512_add_ps(sum[t][0], sum[t][1]));
 }
 
 template <Format F, int T = MAX_TOKENS>
 void dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     if (tile.tokens == T) {
-        if constexpr (F == Format::bf16)
-            tile_dot_bf16<T>(panel, blocks, tile, ahead, out);
-        else
+        if constexpr (F == Format::bf16 && T > HALF) {  // the sums of all would not fit the registers
+            tile_dot_bf16<HALF>(panel, blocks, tile.bf16, T, ahead, out);
+            tile_dot_bf16<T - HALF>(panel, blocks, tile.bf16 + HALF * BLOCK, T, {}, out + HALF * ROWS);
+        } else if constexpr (F == Format::bf16) {
+            tile_dot_bf16<T>(panel, blocks, tile.bf16, T, ahead, out);
+        } else
             tile_dot<F, T>(panel, blocks, tile, ahead, out);
     } else if constexpr (T > 1) {
         dot<F, T - 1>(panel, blocks, tile, ahead, out);

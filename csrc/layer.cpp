@@ -71,9 +71,9 @@ void DecoderLayer::run_attention(Pool& pool, const Kernels& kernels, const Cache
         [&](const float* in, float* out) { attend(pool, kernels, cache, places, in, out); });
 }
 
-void DecoderLayer::run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens) const {
+void DecoderLayer::run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens, int32_t* chosen) const {
     add(pool, kernels, post_norm, x, tokens,
-        [&](const float* in, float* out) { feed(pool, kernels, in, tokens, out); });
+        [&](const float* in, float* out) { feed(pool, kernels, in, tokens, chosen, out); });
 }
 
 void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens) const {
@@ -114,21 +114,22 @@ void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache
         for (size_t g = h * group; g < (h + 1) * group; g++)
             prepare(kernels, layer, layer.q_norm, &q[t * wide + g * d], c, s);
         prepare(kernels, layer, layer.k_norm, &k[t * narrow + h * d], c, s);
-        cache.write(places.sequences[t], static_cast<int>(h), position, &k[t * narrow + h * d], &v[t * narrow + h * d],
-                    d);
+        cache.write(places.blocks_of(t)[position / cache.block_size], static_cast<int>(h), position % cache.block_size,
+                    &k[t * narrow + h * d], &v[t * narrow + h * d], d);
     };
-    tenfold::attend(pool, kernels, heads, cache, q.data(), places.sequences, places.positions, tokens, prepare_heads,
-                    out.data());
+    tenfold::attend(pool, kernels, heads, cache, q.data(), places, prepare_heads, out.data());
     linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.data(), tokens);
 }
 
-void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, float* y) const {
+void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, int32_t* chosen,
+                        float* y) const {
     const FeedForward& layer = feed_forward;
     if (!layer.has_experts) return run_swiglu(pool, kernels, layer.dense, x, tokens, y);
     const int K = layer.router.top_k;
     std::vector<int32_t> ids(static_cast<size_t>(tokens) * K);
     std::vector<float> weights(ids.size());
     route(pool, kernels, layer.router, x, tokens, ids.data(), weights.data());
+    if (chosen) std::copy(ids.begin(), ids.end(), chosen);
     run_experts(pool, kernels, layer.experts, x, tokens, ids.data(), weights.data(), K, y);
     if (!layer.has_dense) return;
     std::vector<float> shared(static_cast<size_t>(tokens) * hidden);

@@ -34,12 +34,6 @@ struct FeedForward {
     Experts experts;
 };
 
-// Where the tokens stand.
-struct Places {
-    const int32_t *sequences, *positions;
-    int tokens;
-};
-
 // One layer; each half adds to the residual stream x (tokens, D): x += residual * f(norm(x)).
 struct DecoderLayer {
     Attention attention;
@@ -51,7 +45,8 @@ struct DecoderLayer {
 
     // Writes the tokens' keys and values to the cache, too.
     void run_attention(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, float* x) const;
-    void run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens) const;
+    // `chosen` is told which experts each token uses, (tokens, K), where it is not null and there are any.
+    void run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens, int32_t* chosen) const;
     // What this layer's router would choose if x did not change before its turn: tells the store, if there is one.
     void foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens) const;
 
@@ -61,7 +56,7 @@ private:
     void add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const;
     void attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
                 float* y) const;
-    void feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, float* y) const;
+    void feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, int32_t* chosen, float* y) const;
 };
 
 }  // namespace tenfold

@@ -93,25 +93,31 @@ void work(const F& f) {
     while (!try_work(f)) hear_signals();
 }
 
-// All layers but for the last one's feed-forward, which only the tokens that predict need. One call a step:
-// between layers Python would find its own code gone from the caches, for the weights that came through. A
-// prompt or a disk, where that matters less, can be interrupted between two layers.
+// Layers [first, end), each the feed-forward of the layer before it and then its own attention: the last layer's
+// feed-forward is left, for only tokens that predict need it. One call for all: between layers Python would find
+// its own code gone from the caches, for the weights that came through. A prompt or a disk, where that matters
+// less, can be interrupted.
 struct Decoder {
     std::vector<DecoderLayer> layers;
     std::vector<Cache> caches;
 
-    void operator()(Address x, Address sequences, Address positions, int tokens) const {
+    // `chosen` (layers, tokens, top_k) is told which experts were used, where it is not 0.
+    void operator()(Address x, const Places& places, size_t first, size_t end, Address chosen, int top_k) const {
         const auto start = std::chrono::steady_clock::now();
-        const Places places{at<const int32_t>(sequences), at<const int32_t>(positions), tokens};
-        const size_t at_once = tokens > 1 || store() ? 1 : layers.size();
-        for (size_t n = 0; n < layers.size(); hear_signals()) {
+        const int tokens = places.tokens;
+        for (size_t n = first; n < end; hear_signals()) {
             try_work([&](Pool& pool, const Kernels& set) {
-                for (const size_t end = std::min(n + at_once, layers.size()); n < end; n++) {
+                const auto begun = std::chrono::steady_clock::now();
+                do {
                     if (n > 0 && tokens <= FEW) layers[n].foresee(pool, set, at<float>(x), tokens);
-                    if (n > 0) layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens);
+                    if (n > 0) {
+                        int32_t* ids = chosen ? at<int32_t>(chosen) + (n - 1) * tokens * top_k : nullptr;
+                        layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens, ids);
+                    }
                     layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
-                }
-                if (n == layers.size() && tokens <= FEW && store()) store()->look_ahead.step(seconds_since(start));
+                } while (++n < end && seconds_since(begun) < PATIENCE);
+                const bool whole = first == 0 && n == layers.size();
+                if (whole && tokens <= FEW && store()) store()->look_ahead.step(seconds_since(start));
             });
         }
     }
@@ -119,6 +125,7 @@ struct Decoder {
 private:
     // More of them want most experts, and there is nothing to predict.
     static constexpr int FEW = 8;
+    static constexpr double PATIENCE = 0.05;  // seconds, of who presses Ctrl-C
 
     // The model's, which all sparse layers have.
     Store* store() const {
@@ -267,23 +274,32 @@ NB_MODULE(_native, m) {
              }),
              "attention"_a.none(), "feed_forward"_a, "input_norm"_a, "post_norm"_a, "eps"_a, "residual"_a, "hidden"_a,
              "cos"_a, "sin"_a)
-        .def("feed_forward", [](const DecoderLayer& self, Address x, int tokens) {
-            work([&](Pool& pool, const Kernels& set) { self.run_feed_forward(pool, set, at<float>(x), tokens); });
-        });
+        .def("feed_forward", [](const DecoderLayer& self, Address x, int tokens, Address chosen) {
+            work([&](Pool& pool, const Kernels& set) {
+                self.run_feed_forward(pool, set, at<float>(x), tokens, at<int32_t>(chosen));
+            });
+        }, "x"_a, "tokens"_a, "chosen"_a = 0);
+
+    nb::class_<Places>(m, "Places")
+        .def(nb::new_([](Address tables, int table_width, Address sequences, Address positions, int tokens) {
+                 return Places{at<const int32_t>(tables), table_width, at<const int32_t>(sequences),
+                               at<const int32_t>(positions), tokens};
+             }),
+             "tables"_a, "table_width"_a, "sequences"_a, "positions"_a, "tokens"_a);
 
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::new_([](const std::vector<DecoderLayer>& layers, const std::vector<Address>& keys,
-                         const std::vector<Address>& values, int capacity) {
+                         const std::vector<Address>& values, int block_size) {
                  Decoder made{layers, {}};
                  for (size_t n = 0; n < layers.size(); n++) {
                      const Heads& heads = layers[n].attention.heads;
-                     made.caches.push_back({at<uint16_t>(keys[n]), at<uint16_t>(values[n]), capacity, heads.kv_heads,
+                     made.caches.push_back({at<uint16_t>(keys[n]), at<uint16_t>(values[n]), block_size, heads.kv_heads,
                                             blocks_of(heads.head_dim) * BLOCK});
                  }
                  return made;
              }),
-             "layers"_a, "keys"_a, "values"_a, "capacity"_a)
-        .def("__call__", &Decoder::operator());
+             "layers"_a, "keys"_a, "values"_a, "block_size"_a)
+        .def("__call__", &Decoder::operator(), "x"_a, "places"_a, "first"_a, "end"_a, "chosen"_a, "top_k"_a);
 
     m.def("busy_seconds", [] {
         nb::gil_scoped_release unlocked;
