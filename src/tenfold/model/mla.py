@@ -37,7 +37,7 @@ class LatentAttention(BaseAttention):
         shared = self._shared_key(x_BSD, cos, sin)
         return self._query(x_BSD, cos, sin), shared, shared[..., :0]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, _: Tensor, mask: Tensor | None) -> Tensor:
         all_new = key.shape[2] == query.shape[2]
         return (self._attend_expanded if all_new else self._attend_latent)(query, key, mask)
 
