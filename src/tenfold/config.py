@@ -141,6 +141,14 @@ class ModelConfig(Counted, Parsed):
             if (layer + 1) % self.decoder_sparse_step == 0 and layer not in dense
         ]
 
+    def check_generates(self) -> None:
+        """Raises TenfoldError for a model that trains but cannot generate."""
+        if self.is_sparse and self.router == "expert_choice":
+            raise TenfoldError(
+                "router expert_choice cannot generate: its experts choose among tokens of the future;"
+                " train with another router to generate"
+            )
+
     @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that RoPE turns."""

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from tenfold.config import ModelConfig
+from tenfold.errors import TenfoldError
 
 
 class Chunk(NamedTuple):
@@ -62,3 +63,20 @@ class BatchRunner(Protocol):
     def clear(self, blocks: Sequence[int]) -> None:
         """Blocks that a new sequence will use: what is left in them must not be NaN."""
         ...
+
+
+def check(chunks: Sequence[Chunk], runner: BatchRunner) -> None:
+    """What `begin` raises, before anything is computed or written."""
+    tokens = sum(len(chunk.ids) for chunk in chunks)
+    if not chunks or not all(chunk.ids for chunk in chunks):
+        raise TenfoldError("a pass needs chunks, and each of them 1 token or more")
+    if tokens > runner.max_tokens:
+        raise TenfoldError(f"{tokens} tokens are more than the {runner.max_tokens} of a pass")
+    for chunk in chunks:
+        least, most, last = min(chunk.ids), max(chunk.ids), runner.config.vocab_size - 1
+        if least < 0 or most > last:
+            wrong = least if least < 0 else most
+            raise TenfoldError(f"token id {wrong} is none of the model's, which are 0 to {last}")
+        length, room = chunk.start + len(chunk.ids), len(chunk.blocks) * runner.block_size
+        if length > room:
+            raise TenfoldError(f"{length} positions are more than the {room} there is room for")

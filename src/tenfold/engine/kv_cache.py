@@ -21,13 +21,21 @@ class LayerKVCache:
         return self.key[:, :, :end], self.value[:, :, :end]
 
 
+def cache_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """Of one position in one layer: heads, and the width of their keys and of their values.
+
+    MLA caches its latent alone, as the key of one head.
+    """
+    if config.is_latent:
+        return 1, config.kv_lora_rank + config.qk_rope_head_dim, 0
+    return config.num_key_value_heads, config.head_dim, config.head_dim
+
+
 def new_kv_cache(
     config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
 ) -> list[LayerKVCache]:
-    """An empty cache for `capacity` positions, one entry a layer; MLA caches its latent alone."""
-    heads, key_width, value_width = config.num_key_value_heads, config.head_dim, config.head_dim
-    if config.is_latent:
-        heads, key_width, value_width = 1, config.kv_lora_rank + config.qk_rope_head_dim, 0
+    """An empty cache for `capacity` positions, one entry a layer."""
+    heads, key_width, value_width = cache_shape(config)
     return [
         LayerKVCache(
             torch.empty(batch, heads, capacity, key_width, dtype=dtype, device=device),

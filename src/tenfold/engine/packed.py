@@ -22,8 +22,7 @@ class PackedRunner:
 
     def __init__(self, model: PackedModel, batch: int, capacity: int):
         config = model.config
-        if config.router == "expert_choice" and config.is_sparse:
-            raise TenfoldError("router expert_choice cannot generate: its experts choose among future tokens")
+        config.check_generates()
         keep_freed_memory()
         self.config, self.batch = config, batch
         self.capacity = -(-capacity // BLOCK) * BLOCK

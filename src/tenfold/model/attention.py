@@ -1,5 +1,6 @@
 """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), with what families add to it."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,7 +35,32 @@ class Place(NamedTuple):
         return keys if self.last is None else keys[:, :, -self.last :]
 
 
-class Attention(nn.Module):
+class BaseAttention(nn.Module, ABC):
+    """In three steps, of which `attend` alone needs to know which tokens are of one sequence."""
+
+    o_proj: nn.Linear
+
+    def forward(self, x_BSD: Tensor, place: Place, cache: LayerCache | None = None) -> Tensor:
+        query, key, value = self.project(x_BSD, place.cos, place.sin)
+        if cache is not None:
+            key, value = map(place.seen, cache.update(key, value))
+        return self.output(self.attend(query, key, value, place.mask))
+
+    @abstractmethod
+    def project(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, H, S, width), and the key and value (B, H_kv, S, width) that are cached."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Of the last S positions over all T that were cached, (B, H, S, value width)."""
+
+    def output(self, out: Tensor) -> Tensor:
+        """What `attend` returned, as the layer adds it: (B, S, D)."""
+        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class Attention(BaseAttention):
     """QK-norm, biases and attention sinks (gpt-oss; Xiao et al. 2023, arXiv:2309.17453) are options."""
 
     def __init__(self, config: ModelConfig):
@@ -55,7 +81,7 @@ class Attention(nn.Module):
         sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
         self.register_parameter("sinks", sinks)
 
-    def forward(self, x_BSD: Tensor, place: Place, cache: LayerCache | None = None) -> Tensor:
+    def project(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if self.config.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
@@ -63,13 +89,11 @@ class Attention(nn.Module):
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         interleave = self.config.rope_interleave
-        query, key = (apply_rope(t.transpose(1, 2), place.cos, place.sin, interleave) for t in (query, key))
-        value = value.transpose(1, 2)
-        if cache is not None:
-            key, value = map(place.seen, cache.update(key, value))
-        out = attend(query, key, value, self.scale, place.mask, self.sinks)
-        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
-        return projected
+        query, key = (apply_rope(t.transpose(1, 2), cos, sin, interleave) for t in (query, key))
+        return query, key, value.transpose(1, 2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return attend(query, key, value, self.scale, mask, self.sinks)
 
     def _heads(self, x: Tensor) -> Tensor:
         heads: Tensor = x.unflatten(-1, (-1, self.config.head_dim))

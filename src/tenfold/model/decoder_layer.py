@@ -23,14 +23,19 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_BSD: Tensor, place: Place, cache: LayerCache | None
     ) -> tuple[Tensor, RouterAux | None]:
-        x_BSD = self._add(x_BSD, self.self_attn(self.input_layernorm(x_BSD), place, cache))
+        x_BSD = self.add(x_BSD, self.self_attn(self.input_layernorm(x_BSD), place, cache))
+        return self.feed_forward(x_BSD)
+
+    def feed_forward(self, x_BSD: Tensor) -> tuple[Tensor, RouterAux | None]:
+        """The second half of the layer, which looks at no other token."""
         h_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, SparseMoE):
             out_BSD, aux = self.mlp(h_BSD)
-            return self._add(x_BSD, out_BSD), aux
-        return self._add(x_BSD, self.mlp(h_BSD)), None
+            return self.add(x_BSD, out_BSD), aux
+        return self.add(x_BSD, self.mlp(h_BSD)), None
 
-    def _add(self, x_BSD: Tensor, out_BSD: Tensor) -> Tensor:
+    def add(self, x_BSD: Tensor, out_BSD: Tensor) -> Tensor:
+        """What one half of the layer adds to the residual stream."""
         if self.residual_multiplier == 1:
             return x_BSD + out_BSD
         return x_BSD + out_BSD * self.residual_multiplier

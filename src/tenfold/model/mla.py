@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from tenfold.config import MLA_NORM_EPS, ModelConfig
 from tenfold.model.attend import attend, attend_by_matmul
-from tenfold.model.attention import LayerCache, Place
+from tenfold.model.attention import BaseAttention
 from tenfold.model.layers import RMSNorm
 from tenfold.model.rope import apply_rope, score_scale
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(BaseAttention):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -32,19 +32,17 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(config.value_width, D, bias=config.attention_out_bias)
 
-    def forward(self, x_BSD: Tensor, place: Place, cache: LayerCache | None = None) -> Tensor:
-        query, query_rope = self._query(x_BSD, place)
-        shared = self._shared_key(x_BSD, place)
-        new = shared.shape[2]
-        if cache is not None:
-            shared = place.seen(cache.update(shared, shared[..., :0])[0])
-        attend_to = self._attend_expanded if shared.shape[2] == new else self._attend_latent
-        out = attend_to(query, query_rope, shared, place.mask)
-        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
-        return projected
+    def project(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The value has no width: all that is cached is in the key that heads share."""
+        shared = self._shared_key(x_BSD, cos, sin)
+        return self._query(x_BSD, cos, sin), shared, shared[..., :0]
 
-    def _query(self, x_BSD: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """Unrotated and rotated parts, (B, H, S, qk_nope_head_dim) and (B, H, S, qk_rope_head_dim)."""
+    def attend(self, query: Tensor, key: Tensor, _: Tensor, mask: Tensor | None) -> Tensor:
+        all_new = key.shape[2] == query.shape[2]
+        return (self._attend_expanded if all_new else self._attend_latent)(query, key, mask)
+
+    def _query(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Unrotated part, then rotated: (B, H, S, qk_nope_head_dim + qk_rope_head_dim)."""
         config = self.config
         if config.q_lora_rank:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
@@ -52,36 +50,32 @@ class LatentAttention(nn.Module):
             query = self.q_proj(x_BSD)
         query = query.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
         plain, rotated = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        return plain, apply_rope(rotated, place.cos, place.sin, config.rope_interleave)
+        return torch.cat((plain, apply_rope(rotated, cos, sin, config.rope_interleave)), dim=-1)
 
-    def _shared_key(self, x_BSD: Tensor, place: Place) -> Tensor:
-        """All that is cached: latent and rotated key, (B, 1, S, kv_lora_rank + qk_rope_head_dim)."""
+    def _shared_key(self, x_BSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Latent and rotated key, (B, 1, S, kv_lora_rank + qk_rope_head_dim)."""
         config = self.config
         both = self.kv_a_proj_with_mqa(x_BSD).unsqueeze(1)
         latent, rotated = both.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        key_rope = apply_rope(rotated, place.cos, place.sin, config.rope_interleave)
+        key_rope = apply_rope(rotated, cos, sin, config.rope_interleave)
         return torch.cat((self.kv_a_layernorm(latent), key_rope), dim=-1)
 
-    def _attend_expanded(
-        self, query: Tensor, query_rope: Tensor, shared: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def _attend_expanded(self, query: Tensor, shared: Tensor, mask: Tensor | None) -> Tensor:
         """With every head's own keys and values: fewer operations where all positions are new."""
         config = self.config
         latent, key_rope = shared.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (config.num_attention_heads, -1))
         key, value = expanded.transpose(1, 2).split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         key_rope = key_rope.expand(-1, config.num_attention_heads, -1, -1)
-        query = torch.cat((query, query_rope), dim=-1)
         return attend(query, torch.cat((key, key_rope), dim=-1), value, self.scale, mask)
 
-    def _attend_latent(
-        self, query: Tensor, query_rope: Tensor, shared: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def _attend_latent(self, query: Tensor, shared: Tensor, mask: Tensor | None) -> Tensor:
         """In the latent space, where all heads share one key: (q W_k) · c in place of q · (W_k c)."""
         config = self.config
         up = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         key_up, value_up = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
-        query = torch.cat((query @ key_up, query_rope), dim=-1)
+        plain, rotated = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        query = torch.cat((plain @ key_up, rotated), dim=-1)
         latent = shared[..., : config.kv_lora_rank]
         out: Tensor = attend_by_matmul(query, shared, latent, self.scale, mask) @ value_up.mT
         return out

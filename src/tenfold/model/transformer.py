@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.config import ModelConfig
-from tenfold.errors import TenfoldError
 from tenfold.model.attend import visible
 from tenfold.model.attention import LayerCache, Place
 from tenfold.model.decoder_layer import DecoderLayer
@@ -107,13 +106,10 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterAux]]:
         """What `logits` takes (B, S, D), and what the routers did, in order of depth."""
-        if cache is not None and self.config.router == "expert_choice" and self.config.is_sparse:
-            raise TenfoldError(
-                "router expert_choice cannot generate: its experts choose among tokens of the future;"
-                " train with another router to generate"
-            )
+        if cache is not None:
+            self.config.check_generates()
         places = self._places(start, input_ids_BS.shape[1], attention_mask, input_ids_BS.device)
-        x_BSD = self._embed(input_ids_BS)
+        x_BSD = self.embed(input_ids_BS)
         aux = []
         for index, layer in enumerate(self.layers):
             place = places[self.config.window(index)]
@@ -130,10 +126,11 @@ class Transformer(nn.Module):
         (module,) = self.mtp
         place = self._places(0, input_ids_BS.shape[1] - 1, None, input_ids_BS.device)
         window = self.config.window(self.config.num_hidden_layers - 1)
-        ahead_BSD, aux = module(hidden_BSD[:, :-1], self._embed(input_ids_BS[:, 1:]), place[window])
+        ahead_BSD, aux = module(hidden_BSD[:, :-1], self.embed(input_ids_BS[:, 1:]), place[window])
         return ahead_BSD, [] if aux is None else [aux]
 
-    def _embed(self, input_ids_BS: Tensor) -> Tensor:
+    def embed(self, input_ids_BS: Tensor) -> Tensor:
+        """What the first layer takes, (B, S, D)."""
         x_BSD: Tensor = self.embed_tokens(input_ids_BS)
         multiplier = self.config.embedding_multiplier
         return x_BSD if multiplier == 1 else x_BSD * multiplier
