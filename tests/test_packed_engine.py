@@ -194,8 +194,8 @@ def test_ids_that_are_no_tokens(ids: list[list[int]], message: str) -> None:
 
 def test_there_is_no_room_beyond_the_capacity() -> None:
     runner = PackedRunner(packed_of(build(DENSE), "q8", "q8"), 1, 20)
-    with pytest.raises(TenfoldError, match="33 positions are more than the 32"):
-        runner.forward(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(TenfoldError, match="65 positions are more than the 64"):
+        runner.forward(torch.zeros(1, 65, dtype=torch.long))
 
 
 def test_expert_choice_is_refused() -> None:

@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from tenfold.chat_template import TEMPLATE_BYTES
 from tenfold.engine.generation import Generation, context_of
 from tenfold.engine.loading import ANY, USUAL_CONTEXT, AnyModel, load_model_and_tokenizer
 from tenfold.errors import TenfoldError
@@ -15,8 +16,6 @@ from tenfold.sampling import SamplingParams
 from tenfold.switch_config import decoder_only
 from tenfold.tokenizer import Tokenizer
 
-TEMPLATE_BYTES = 48 << 20
-"""Of memory, for the process that a chat template runs in."""
 FINAL_CHANNEL = "<|channel|>final<|message|>"
 
 

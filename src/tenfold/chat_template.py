@@ -22,6 +22,8 @@ from tenfold.errors import TenfoldError
 CPU_SECONDS = 2
 MEMORY_MEGABYTES = 512
 MEGACHARS = 16  # of rendered text, at most
+TEMPLATE_BYTES = 48 << 20
+"""Of memory, that the process takes."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 

@@ -29,9 +29,11 @@ class Chunk(NamedTuple):
 class Pass(Protocol):
     """Chunks on their way through the layers."""
 
-    routes: Sequence[Tensor]
-    """The experts chosen so far: of each sparse layer int32 (T, K), -1 where a slot is empty. Of the last
-    layer only (N, K), for the N tokens whose logits are wanted: the others do not go through its experts."""
+    @property
+    def routes(self) -> Sequence[Tensor]:
+        """The experts chosen so far: of each sparse layer int32 (T, K), -1 where a slot is empty. Of the last
+        layer only (N, K), for the N tokens whose logits are wanted: the others skip its experts."""
+        ...
 
     def advance(self, layers: int | None = None) -> bool:
         """Run the next `layers`, or all that are left. True when all are done."""

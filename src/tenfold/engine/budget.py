@@ -15,7 +15,8 @@ from tenfold.checkpoint.pack.layout import Experts, Matrix, Part
 from tenfold.checkpoint.pack.record import whole_pages
 from tenfold.config import ModelConfig
 from tenfold.engine.expert_store import LEAST_SLOTS
-from tenfold.engine.packed import BLOCK, PIECE
+from tenfold.engine.packed import PIECE
+from tenfold.engine.packed_batch import BLOCK_SIZE, WIDTH
 from tenfold.errors import TenfoldError
 from tenfold.memory import Plan, available_bytes, peak_memory_bytes, resident_bytes, size
 from tenfold.model.attend import MAX_SCORES
@@ -34,10 +35,31 @@ NAMED_STEP = 4 << 20
 
 
 class Room(NamedTuple):
-    """What a run needs memory for besides the model: `context` positions in each of `batch` sequences."""
+    """What a run needs memory for besides the model."""
 
     batch: int
+    """Sequences at once."""
     context: int
+    """Positions of each, at most."""
+    shared: int | None = None
+    """Positions of all together, where there is not room for every sequence to be that long."""
+    pass_tokens: int | None = None
+    """Tokens that go through the layers at once; None is what a run by itself takes."""
+
+    @property
+    def positions(self) -> int:
+        return self.batch * _blocks(self.context) if self.shared is None else _blocks(self.shared)
+
+    @property
+    def tokens(self) -> int:
+        if self.pass_tokens is not None:
+            return self.pass_tokens
+        return min(self.batch * self.context, self.batch * max(1, PIECE // self.batch))
+
+
+def _blocks(positions: int) -> int:
+    """Rounded up to whole blocks."""
+    return -(-positions // BLOCK_SIZE) * BLOCK_SIZE
 
 
 def plan_memory(
@@ -106,28 +128,29 @@ def _always_bytes(part: Part) -> int:
 
 
 def kv_cache_bytes(config: ModelConfig, room: Room) -> int:
-    """Of `PackedRunner`, with the tables that turn positions."""
-    capacity = _rounded(room.context)
-    tables = 4 * 4 * capacity * config.rotary_dim  # cos and sin, and as much while they are made
+    """Of `PackedBatchRunner`, with the tables that turn positions."""
+    context = _blocks(room.context)
+    tables = 4 * 4 * context * config.rotary_dim  # cos and sin, and as much while they are made
     if config.is_latent:
-        tables = 4 * 4 * capacity * config.qk_rope_head_dim
+        tables = 4 * 4 * context * config.qk_rope_head_dim
         width = 4 * (config.kv_lora_rank + config.qk_rope_head_dim)
     else:
-        width = 2 * 2 * config.num_key_value_heads * _rounded(config.head_dim)
-    return tables + config.num_hidden_layers * room.batch * capacity * width
+        width = 2 * 2 * config.num_key_value_heads * -(-config.head_dim // WIDTH) * WIDTH
+    return tables + config.num_hidden_layers * room.positions * width
 
 
 def scratch_bytes(config: ModelConfig, room: Room) -> int:
     """For the largest piece of a prompt to go through a layer, and for choosing tokens from the logits."""
-    tokens = min(room.batch * room.context, room.batch * max(1, PIECE // room.batch))
+    tokens = room.tokens
     attention = (
         _latent_scratch(config, room, tokens)
         if config.is_latent
         else _attention_scratch(config, room, tokens)
     )
     stream = 4 * 4 * tokens * config.hidden_size
+    routes = 4 * tokens * config.num_hidden_layers * config.num_experts_per_tok
     logits = (4 * room.batch + 48) * config.vocab_size
-    return stream + attention + _feed_forward_scratch(config, tokens) + logits
+    return stream + attention + routes + _feed_forward_scratch(config, tokens) + logits
 
 
 def _attention_scratch(config: ModelConfig, room: Room, tokens: int) -> int:
@@ -136,16 +159,18 @@ def _attention_scratch(config: ModelConfig, room: Room, tokens: int) -> int:
     rows = 4 * heads * config.head_dim + 2 * (
         config.hidden_size + config.num_attention_heads * config.head_dim
     )
-    scores = 16 * (4 + 2) * _rounded(room.context) * compiled.cores()
+    scores = 16 * (4 + 2) * _blocks(room.context) * compiled.cores()
     return tokens * rows + scores
 
 
 def _latent_scratch(config: ModelConfig, room: Room, tokens: int) -> int:
-    """torch's: queries and keys of every head three times, and the scores, of some queries at a time."""
+    """torch's: queries and keys of every head three times, and the scores, of some queries at a time; and the
+    latents of the positions that are seen, gathered from their blocks."""
     wide = config.kv_lora_rank + config.qk_rope_head_dim + config.qk_nope_head_dim + config.v_head_dim
     heads = config.num_attention_heads
     positions = min(room.context, max(tokens, MAX_SCORES // (heads * tokens)))
-    return 3 * 4 * heads * tokens * (wide + positions)
+    gathered = 2 * 4 * room.positions * (config.kv_lora_rank + config.qk_rope_head_dim)
+    return 3 * 4 * heads * tokens * (wide + positions) + gathered
 
 
 def _feed_forward_scratch(config: ModelConfig, tokens: int) -> int:
@@ -154,7 +179,3 @@ def _feed_forward_scratch(config: ModelConfig, tokens: int) -> int:
     dense = max(config.intermediate_size, config.shared_width)
     sparse = tokens * (K * ((4 + 2) * (D + F) + 16) + 2 * 4 * config.num_experts) if config.is_sparse else 0
     return sparse + tokens * (4 * D + (3 * 4 + 2) * dense)
-
-
-def _rounded(count: int) -> int:
-    return -(-count // BLOCK) * BLOCK

@@ -2,17 +2,24 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from tenfold import compiled
-from tenfold.checkpoint import load_model, read_object
+from tenfold.chat_template import TEMPLATE_BYTES
+from tenfold.checkpoint import load_config, load_model, read_object
 from tenfold.checkpoint.pack.opened import packed_config
-from tenfold.checkpoint.store import Model
+from tenfold.checkpoint.store import Model, load_decoder_only
+from tenfold.config import ModelConfig
+from tenfold.engine.batch import BatchRunner
 from tenfold.engine.budget import Room, plan_memory
+from tenfold.engine.packed_batch import BLOCK_SIZE, PackedBatchRunner
+from tenfold.engine.torch_batch import TorchBatchRunner
 from tenfold.errors import TenfoldError
 from tenfold.formats import packing_of
 from tenfold.hub import resolve
-from tenfold.memory import Budget
+from tenfold.memory import Budget, available_bytes, check_fits
 from tenfold.packed import PackedModel, load_packed, read_packed
+from tenfold.switch_config import decoder_only
 from tenfold.tokenizer import Tokenizer, load_tokenizer
 from tenfold.trace import file as trace
 
@@ -20,6 +27,10 @@ AnyModel = Model | PackedModel
 ANY = Budget()
 USUAL_CONTEXT = 4096
 """Positions to plan for where nobody says how many, if the model's context is not shorter."""
+KV_SHARE = 1 / 4
+"""Of the memory, at most, for the KV cache of many sequences where nobody says how large it is to be."""
+PROMPT_TOKENS = 512
+"""Of prompts, in one pass, beside the token that each other sequence decodes."""
 
 
 def runs_packed(path: Path) -> bool:
@@ -38,7 +49,7 @@ def load_packed_within(directory: Path, memory: Budget, room: Room) -> PackedMod
     read, and for a trace of another model.
     """
     config, parts = packed_config(directory / "config.json")
-    room = Room(room.batch, min(room.context, config.max_position_embeddings))
+    room = room._replace(context=min(room.context, config.max_position_embeddings))
     hottest = trace.hottest(memory.warm, config) if memory.warm else []
     plan = plan_memory(config, parts, memory.limit, room, memory.reserve)
     if memory.limit is None and not plan.streams:
@@ -57,17 +68,25 @@ def load_model_for(tokenizer: Tokenizer, path: Path, memory: Budget, context: in
     """
     if runs_packed(path):
         model: AnyModel = load_packed_within(path, memory, Room(1, context))
-    elif memory.limit is not None or memory.warm is not None:
-        option = "--warm" if memory.limit is None else "--memory"
-        raise TenfoldError(f"{option}: {path} {no_budget(path)}")
     else:
+        _check_no_budget(path, memory)
         model = load_model(path)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    _check_tokens(tokenizer, model.config.vocab_size, path)
+    return model
+
+
+def _check_tokens(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
+    if tokenizer.vocab_size > vocab_size:
         raise TenfoldError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's"
-            f" vocab_size {model.config.vocab_size}"
+            f" vocab_size {vocab_size}"
         )
-    return model
+
+
+def _check_no_budget(path: Path, memory: Budget) -> None:
+    if memory.limit is not None or memory.warm is not None:
+        option = "--warm" if memory.limit is None else "--memory"
+        raise TenfoldError(f"{option}: {path} {no_budget(path)}")
 
 
 def no_budget(path: Path) -> str:
@@ -84,3 +103,55 @@ def load_model_and_tokenizer(
     path = resolve(path_or_id)
     tokenizer = load_tokenizer(path)
     return load_model_for(tokenizer, path, memory, context), tokenizer
+
+
+class Opened(NamedTuple):
+    """What many sequences run on together."""
+
+    runner: BatchRunner
+    tokenizer: Tokenizer
+    path: Path
+    memory_bytes: int | None
+    """The budget it is kept to, if any."""
+
+
+def open_batch_runner(
+    path_or_id: str | Path, memory: Budget, context: int, max_sequences: int, kv_tokens: int | None = None
+) -> Opened:
+    """Any decoder-only model, with a KV cache of `kv_tokens` positions that up to `max_sequences` share.
+
+    `context` is cut to the model's. By default there is room for all sequences to be that long, or for as
+    many positions as KV_SHARE of the memory holds. Raises TenfoldError as `load_model_for` does, and for a
+    cache that could never fit the memory, or holds less than one sequence.
+    """
+    path = resolve(path_or_id)
+    tokenizer, config = load_tokenizer(path), decoder_only(load_config(path), str(path))
+    context = min(context, config.max_position_embeddings)
+    kv_tokens = _kv_tokens(config, memory, context, max_sequences) if kv_tokens is None else kv_tokens
+    if kv_tokens < context:
+        raise TenfoldError(f"a KV cache of {kv_tokens:,} tokens is less than the context of {context:,}")
+    _check_tokens(tokenizer, config.vocab_size, path)
+    check_fits(
+        kv_tokens * config.kv_bytes_per_token("bfloat16"),
+        f"a KV cache for {kv_tokens:,} tokens",
+        "ask for fewer of them",
+    )
+    blocks, pass_tokens = -(-kv_tokens // BLOCK_SIZE), PROMPT_TOKENS + max_sequences
+    if not runs_packed(path):
+        _check_no_budget(path, memory)
+        runner: BatchRunner = TorchBatchRunner(load_decoder_only(path), blocks, BLOCK_SIZE, pass_tokens)
+        return Opened(runner, tokenizer, path, None)
+    if tokenizer.chat_template is not None:
+        memory = replace(memory, reserve=memory.reserve + TEMPLATE_BYTES)
+    room = Room(max_sequences, context, kv_tokens, pass_tokens)
+    model = load_packed_within(path, memory, room)
+    runner = PackedBatchRunner(model, blocks, pass_tokens, context)
+    return Opened(runner, tokenizer, path, model.plan.budget if model.plan else None)
+
+
+def _kv_tokens(config: ModelConfig, memory: Budget, context: int, max_sequences: int) -> int:
+    limit = memory.limit if memory.limit is not None else available_bytes()
+    every = max_sequences * context
+    if limit is None:
+        return every
+    return max(context, min(every, int(limit * KV_SHARE) // config.kv_bytes_per_token("bfloat16")))

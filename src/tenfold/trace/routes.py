@@ -12,6 +12,7 @@ from tenfold import compiled
 from tenfold.config import ModelConfig
 from tenfold.device import one_torch_thread
 from tenfold.engine.packed import PackedRunner
+from tenfold.engine.packed_batch import PackedPass
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel
 
@@ -40,40 +41,27 @@ class Routes:
 class RoutingRunner(PackedRunner):
     """A packed model that lets `look` see between the halves of each layer. One sequence.
 
-    Layers run one at a time, and all of them for all tokens but the last layer's experts, so recording
-    costs generation nothing.
+    Layers run one at a time, so recording costs generation nothing.
     """
 
     def __init__(self, model: PackedModel, capacity: int, look: Callable[[int, Route], None]):
         super().__init__(model, 1, capacity)
-        self._look = look
+        self._look, native = look, self.runner.native
         sparse = self.config.sparse_layers
-        self._routers = {n: self._native.router(f"layers.{n}.mlp.router.") for n in sparse}
-        self._norms = {n: self._native.address(f"layers.{n}.{NORM}.weight") for n in sparse}
-        self._attentions = [
-            compiled.module().Decoder(
-                layers=[layer], keys=[key.data_ptr()], values=[value.data_ptr()], capacity=self.capacity
-            )
-            for layer, key, value in zip(self._native.layers, self._keys, self._values, strict=True)
-        ]
+        self._routers = {n: native.router(f"layers.{n}.mlp.router.") for n in sparse}
+        self._norms = {n: native.address(f"layers.{n}.{NORM}.weight") for n in sparse}
 
-    def _run_layers(self, x_BSD: Tensor, sequences_T: Tensor, positions_T: Tensor) -> None:
-        tokens = len(positions_T)
-        places = sequences_T.data_ptr(), positions_T.data_ptr()
+    def run(self, passed: PackedPass) -> None:
         for n in range(self.config.num_hidden_layers):
-            if n > 0:
-                self._native.layers[n - 1].feed_forward(x_BSD.data_ptr(), tokens)
-            if self._latent:
-                self._latent[n].add_to(x_BSD, self.length)
-            else:
-                self._attentions[n](x_BSD.data_ptr(), *places, tokens)
-            self._look(n, lambda layer: self._route(layer, x_BSD))
+            passed.attend(n + 1)
+            self._look(n, lambda layer: self._route(layer, passed.x_TD))
+        passed.finish()
 
-    def _route(self, layer: int, x_BSD: Tensor) -> Tensor:
-        config, tokens = self.config, x_BSD.shape[:2].numel()
-        normed = torch.empty_like(x_BSD)
+    def _route(self, layer: int, x_TD: Tensor) -> Tensor:
+        config, tokens = self.config, len(x_TD)
+        normed = torch.empty_like(x_TD)
         sizes = (tokens, config.hidden_size, config.rms_norm_eps)
-        compiled.module().rms_norm(x_BSD.data_ptr(), self._norms[layer], *sizes, normed.data_ptr())
+        compiled.module().rms_norm(x_TD.data_ptr(), self._norms[layer], *sizes, normed.data_ptr())
         ids = torch.empty(tokens, config.num_experts_per_tok, dtype=torch.int32)
         weights = torch.empty(ids.shape)
         self._routers[layer](normed.data_ptr(), tokens, ids.data_ptr(), weights.data_ptr())

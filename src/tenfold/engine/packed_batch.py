@@ -1,0 +1,161 @@
+"""A packed model that many sequences go through together, in the compiled kernels."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tenfold import compiled
+from tenfold.device import keep_freed_memory
+from tenfold.engine.batch import Chunk, check
+from tenfold.engine.block_pool import BlockPool, places_of
+from tenfold.engine.latent import latent_layer
+from tenfold.engine.native_layers import NativeLayers
+from tenfold.packed import PackedModel
+
+BLOCK_SIZE = 64
+"""Positions of a block of the cache: a multiple of 32 (csrc/attention.hpp)."""
+WIDTH = 32
+"""Head dimensions in the cache come in multiples of this."""
+
+
+class PackedBatchRunner:
+    """A `BatchRunner`. Numbers are the same to the bit whatever else is in a pass, however a prompt was cut
+    and whichever blocks it has; those of latent attention, which is torch's, but for rounding."""
+
+    def __init__(self, model: PackedModel, num_blocks: int, max_tokens: int, context: int):
+        """`context` is the number of positions that a sequence may have."""
+        config = model.config
+        config.check_generates()
+        keep_freed_memory()
+        self.model, self.config = model, config
+        self.block_size, self.num_blocks, self.max_tokens = BLOCK_SIZE, num_blocks, max_tokens
+        self.native = NativeLayers(config, model.weights, context)
+        self._norm = self.native.address("norm.weight")
+        self.embedding = self.native.linear("embed_tokens")
+        self._head = self.embedding if config.tie_word_embeddings else self.native.linear("lm_head")
+        latent = range(config.num_hidden_layers * config.is_latent)
+        self.latent = [latent_layer(config, model.weights, n) for n in latent]
+        positions = num_blocks * BLOCK_SIZE
+        self.pools = [BlockPool(config, positions, torch.float32, torch.device("cpu")) for _ in latent]
+        self._keys, self._values = ([self._new_cache() for _ in self.native.layers] for _ in "kv")
+        self.decoder = compiled.module().Decoder(
+            layers=self.native.layers,
+            keys=[cache.data_ptr() for cache in self._keys],
+            values=[cache.data_ptr() for cache in self._values],
+            block_size=BLOCK_SIZE,
+        )
+
+    def _new_cache(self) -> Tensor:
+        """Of keys or values, in the kernels' own layout. Numpy's zeros take memory only as they are used."""
+        width = 0 if self.config.is_latent else -(-self.config.head_dim // WIDTH) * WIDTH
+        shape = (self.num_blocks, self.config.num_key_value_heads, BLOCK_SIZE * width)
+        return torch.from_numpy(np.zeros(shape, np.uint16)).view(torch.bfloat16)
+
+    @torch.inference_mode()
+    def begin(self, chunks: Sequence[Chunk]) -> "PackedPass":
+        check(chunks, self)
+        return PackedPass(self, chunks)
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Values beyond the last position have no weight, but no weight times NaN is NaN."""
+        for values in self._values:
+            values[blocks] = 0
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        config = self.config
+        normed_ND, logits_NV = torch.empty_like(x_ND), torch.empty(len(x_ND), config.vocab_size)
+        sizes = (len(x_ND), config.hidden_size, config.rms_norm_eps)
+        compiled.module().rms_norm(x_ND.data_ptr(), self._norm, *sizes, normed_ND.data_ptr())
+        self._head(normed_ND.data_ptr(), len(x_ND), logits_NV.data_ptr())
+        return logits_NV if config.logits_scaling == 1 else logits_NV / config.logits_scaling
+
+
+class PackedPass:
+    """A `Pass`. A layer's turn is the feed-forward of the layer before it and then its own attention; the
+    last one's feed-forward follows for the tokens alone whose logits are wanted."""
+
+    def __init__(self, runner: PackedBatchRunner, chunks: Sequence[Chunk]):
+        config = runner.config
+        self._runner, self._config, self.tokens = runner, config, sum(len(chunk.ids) for chunk in chunks)
+        self.x_TD = self._embed(chunks)
+        ends = np.cumsum([len(chunk.ids) for chunk in chunks])
+        rows = [np.arange(end - chunk.wanted, end) for chunk, end in zip(chunks, ends, strict=True)]
+        self._wanted_N = torch.from_numpy(np.concatenate(rows))
+        layers, top_k = config.num_hidden_layers, config.num_experts_per_tok
+        self._chosen = torch.empty(layers - 1, self.tokens, top_k, dtype=torch.int32)
+        self._chosen_last = torch.empty(len(self._wanted_N), top_k, dtype=torch.int32)
+        self.done = 0
+        if config.is_latent:
+            self._windows = [config.window(n) for n in range(layers)]
+            device = torch.device("cpu")
+            self._latent_places = places_of(chunks, config, BLOCK_SIZE, set(self._windows), device)
+        else:
+            self._keep_places(chunks)
+
+    def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
+        ids_T = np.fromiter((token for chunk in chunks for token in chunk.ids), np.int32, self.tokens)
+        x_TD = torch.empty(self.tokens, self._config.hidden_size)
+        self._runner.embedding.rows(ids_T.ctypes.data, self.tokens, x_TD.data_ptr())
+        return x_TD if self._config.embedding_multiplier == 1 else x_TD * self._config.embedding_multiplier
+
+    def _keep_places(self, chunks: Sequence[Chunk]) -> None:
+        tables = np.zeros((len(chunks), max(len(chunk.blocks) for chunk in chunks)), np.int32)
+        for row, chunk in zip(tables, chunks, strict=True):
+            row[: len(chunk.blocks)] = chunk.blocks
+        sizes = [len(chunk.ids) for chunk in chunks]
+        sequences = np.repeat(np.arange(len(chunks), dtype=np.int32), sizes)
+        starts = [
+            np.arange(chunk.start, chunk.start + size) for chunk, size in zip(chunks, sizes, strict=True)
+        ]
+        positions = np.concatenate(starts).astype(np.int32)
+        self._kept = tables, sequences, positions
+        addresses = (tables.ctypes.data, tables.shape[1], sequences.ctypes.data, positions.ctypes.data)
+        self._places = compiled.module().Places(*addresses, self.tokens)
+
+    @property
+    def routes(self) -> Sequence[Tensor]:
+        sparse = self._config.sparse_layers
+        chosen = [self._chosen[n] for n in sparse if n + 1 < self.done]
+        ended = self.done == self._config.num_hidden_layers
+        return [*chosen, self._chosen_last] if ended and sparse[-1:] == [self.done - 1] else chosen
+
+    @torch.inference_mode()
+    def advance(self, layers: int | None = None) -> bool:
+        total = self._config.num_hidden_layers
+        until = total if layers is None else min(total, self.done + layers)
+        if self.done < until:
+            self.attend(until)
+            if until == total:
+                self.finish()
+        return until == total
+
+    def attend(self, until: int) -> None:
+        """The turns of the layers before `until`."""
+        if self._config.is_latent:
+            for n in range(self.done, until):
+                self._attend_latent(n)
+        else:
+            chosen, top_k = self._chosen.data_ptr(), self._config.num_experts_per_tok
+            self._runner.decoder(self.x_TD.data_ptr(), self._places, self.done, until, chosen, top_k)
+        self.done = until
+
+    def _attend_latent(self, n: int) -> None:
+        if n > 0:
+            chosen = self._chosen[n - 1].data_ptr()
+            self._runner.native.layers[n - 1].feed_forward(self.x_TD.data_ptr(), self.tokens, chosen)
+        pool, layer = self._runner.pools[n], self._runner.latent[n]
+        x_1TD = pool.attend(layer, self.x_TD[None], self._latent_places, self._windows[n])
+        self.x_TD = x_1TD[0].contiguous()
+
+    def finish(self) -> None:
+        """What is left after all turns."""
+        self.x_ND = self.x_TD[self._wanted_N]
+        if len(self.x_ND):
+            last = self._runner.native.layers[-1]
+            last.feed_forward(self.x_ND.data_ptr(), len(self.x_ND), self._chosen_last.data_ptr())
+
+    @torch.inference_mode()
+    def logits(self) -> Tensor:
+        return self._runner.logits(self.x_ND)
