@@ -11,12 +11,12 @@ class SamplingParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_tokens: int = Field(128, gt=0, description="tokens to generate at most")
-    temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token")
+    temperature: float = Field(1.0, ge=0, le=100, description="0 takes the likeliest token")
     top_k: int | None = Field(None, gt=0, description="only the k likeliest tokens")
     top_p: float = Field(1.0, gt=0, le=1, description="only the likeliest that hold this probability")
     min_p: float = Field(0.0, ge=0, le=1, description="only those at least this share of the likeliest")
     repetition_penalty: float = Field(
-        1.0, gt=0, le=100, description="divides the logits of tokens that were there; 1 is none"
+        1.0, ge=0.01, le=100, description="divides the logits of tokens that were there; 1 is none"
     )
     presence_penalty: float = Field(
         0.0, ge=-2, le=2, description="taken off the logits of tokens that were generated"

@@ -41,7 +41,7 @@ def generate_tokens(
     memory, _ = model.encode(torch.tensor([list(prompt_ids)], device=device))
     buffer = memory[0].key.new_empty(1, config.num_heads, FIRST_CAPACITY, config.d_kv)
     cache = [GrowingKVCache(buffer.clone(), buffer.clone()) for _ in memory]
-    sampler, token = Sampler(params), config.decoder_start_token_id
+    sampler, token = Sampler(params, prompt_ids), config.decoder_start_token_id
     for position in range(params.max_tokens):
         step = torch.tensor([[token]], device=device)
         hidden_BSD, _ = model.decode(step, memory, cache, position)

@@ -46,7 +46,7 @@ def generate_tokens(
         )
     wanted = min(params.max_tokens, room)
     runner = new_runner(model, 1, len(prompt_ids) + wanted)
-    sampler, usage = Sampler(params), usage or Usage(model)
+    sampler, usage = Sampler(params, prompt_ids), usage or Usage(model)
     step = torch.tensor([list(prompt_ids)])
     for position in range(wanted):
         spent = usage.decode if position else usage.prompt

@@ -112,6 +112,16 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
+def piece_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
+    """By token: what `_Joiner` makes of a piece that is not the first."""
+    return {
+        token: bytes([int(byte[1], 16)])
+        if (byte := _BYTE.fullmatch(piece))
+        else piece.replace(SPACE, " ").encode()
+        for piece, token in tokenizer.raw.get_vocab().items()
+    }
+
+
 def new_model() -> Any:
     """An empty model, as the protocol buffer that files hold."""
     from sentencepiece import sentencepiece_model_pb2 as protocol

@@ -34,7 +34,7 @@ class Tokenizer:
         self.raw = raw
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
-        self._model_file = model_file
+        self.model_file = model_file
         self._settings = dict(settings or {})
         mark_special(raw, self.special_tokens.values())
         self.bos_token_id = self._id_of("bos_token")
@@ -127,10 +127,10 @@ class Tokenizer:
             templates = self.chat_template.templates
             config["chat_template"] = [{"name": n, "template": t} for n, t in templates.items()]
         files = {"tokenizer_config.json": _json(config)}
-        if self._model_file is None:
+        if self.model_file is None:
             files["tokenizer.json"] = self.raw.to_str(pretty=True).encode()
         else:
-            files["tokenizer.model"] = self._model_file
+            files["tokenizer.model"] = self.model_file
         if len(self.eos_token_ids) > 1:
             files["generation_config.json"] = _json({"eos_token_id": self.eos_token_ids})
         return files
