@@ -6,6 +6,7 @@ from typing import Any
 import gguf
 import numpy as np
 from torch import Size
+from vocabulary import add_to_gguf
 
 from tenfold.checkpoint.pack.layout import Plain
 from tenfold.config import ModelConfig
@@ -44,11 +45,16 @@ class _Weights:
         return plain_tensor(self.source, Plain(name, Size(shape))).numpy()
 
 
-def write_olmoe(path: Path, config: ModelConfig, form: str) -> None:
-    """All matrices but routers in `form` (Q4_0, Q8_0, BF16); the file is there only once it is whole."""
+def write_olmoe(path: Path, config: ModelConfig, form: str, vocabulary: bool = False) -> None:
+    """All matrices but routers in `form` (Q4_0, Q8_0, BF16), with made-up tokens where a server needs some;
+    the file is there only once it is whole."""
     unfinished = path.with_suffix(".unfinished")
     writer = gguf.GGUFWriter(unfinished, "olmoe")
     _write_settings(writer, config)
+    if vocabulary:
+        add_to_gguf(writer, config.vocab_size)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     weights = _Weights(form)
     V, D = config.vocab_size, config.hidden_size
 
@@ -91,4 +97,3 @@ def _write_settings(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")

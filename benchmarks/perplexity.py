@@ -57,7 +57,7 @@ class Measured(NamedTuple):
 
 
 def perplexity_rows(folder: Path) -> Iterator[tuple[str, float, float, float | None]]:
-    """Names, ours, peer and target, as `vs_llamacpp.row` takes them; a smaller ratio is better."""
+    """Names, ours, peer and target, as `rows.row` takes them; a smaller ratio is better."""
     found = dict(measure(folder, 32))
     for ours, theirs, target in PAIRS:
         us, them = found[f"tenfold {ours}"], found[f"llama.cpp {theirs}" if theirs else "float32"]

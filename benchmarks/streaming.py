@@ -27,19 +27,16 @@ from typing import Any
 from memory_cgroup import Group, memory_group
 from rich.console import Console
 from rich.progress import track
+from rows import Row, preset, print_rows, row
 
 from tenfold.bench.disk import random_read_speed
 from tenfold.bench.within import CHILD
 from tenfold.checkpoint.pack.record import record_bytes
-from tenfold.config import ModelConfig
 from tenfold.formats import Packing
 from tenfold.memory import size
-from tenfold.presets import load_preset
-from tenfold.switch_config import decoder_only
 
 PROMPT, LONG = 16, 512
 DISK_SECONDS = 0.5
-Row = dict[str, Any]
 
 
 class Side:
@@ -117,22 +114,22 @@ class Bench:
         self.runs: int = arguments.runs
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def pack(self, preset: str, rest: str = "q4", layers: int | None = None) -> Path:
+    def pack(self, name: str, rest: str = "q4", layers: int | None = None) -> Path:
         """Of random weights, written once."""
         from random_pack import write_random_pack
 
         from tenfold.bench.subject import cut
 
-        out = self.folder / f"{preset}-{layers or 'all'}-q4-{rest}"
+        out = self.folder / f"{name}-{layers or 'all'}-q4-{rest}"
         if not out.exists():
-            config = cut(_preset(preset), layers)
+            config = cut(preset(name), layers)
             write_random_pack(out, config, Packing.model_validate({"experts": "q4", "rest": rest}))
         return out
 
     def gguf(self) -> Path:
         from olmoe_gguf import write_olmoe
 
-        config = _preset("olmoe-1b-7b")
+        config = preset("olmoe-1b-7b")
         file = self.folder / f"olmoe-{config.num_hidden_layers}-Q4_0.gguf"
         if not file.exists():
             write_olmoe(file, config, "Q4_0")
@@ -172,12 +169,6 @@ class Bench:
         }
 
 
-def row(
-    name: str, ours: float, peer: float | None, ratio: float | None, target: float | None, unit: str
-) -> Row:
-    return {"name": name, "ours": ours, "peer": peer, "ratio": ratio, "target": target, "unit": unit}
-
-
 def _against_llama(bench: Bench, percent: int, part: str, target: float) -> Iterator[Row]:
     model = bench.pack("olmoe-1b-7b")
     budget = _model_bytes(model) * percent // 100
@@ -187,10 +178,10 @@ def _against_llama(bench: Bench, percent: int, part: str, target: float) -> Iter
     speed = {name: 1 / seconds[part] for name, seconds in found["seconds"].items()}
     what = {"prompt": f"prefill of {LONG}", "decode": "decode"}[part]
     name = f"{what} at {percent}% of the model ({size(budget)}) against llama.cpp"
-    yield row(name, speed["ours"], speed["llama"], speed["ours"] / speed["llama"], target, "tok/s")
+    yield row(name, speed["ours"], speed["llama"], target)
     yield _of_bound(f"{what} at {percent}% against the disk's bound", found, part)
     peak = found["peaks"]["ours"]
-    yield row(f"{what} at {percent}%: peak of the group", peak / 1e9, budget / 1e9, peak / budget, None, "GB")
+    yield row(f"{what} at {percent}%: peak of the group", peak / 1e9, budget / 1e9, None, "GB")
 
 
 def _of_bound(name: str, found: dict[str, Any], part: str) -> Row:
@@ -199,7 +190,7 @@ def _of_bound(name: str, found: dict[str, Any], part: str) -> Row:
     tokens = sum(each["tokens"] for each in spent)
     missed = sum(each["missed_bytes_per_token"] * each["tokens"] for each in spent)
     ours, bound = tokens / sum(each["seconds"] for each in spent), tokens * found["disk"] / missed
-    return row(name, ours, bound, ours / bound, 0.7, "tok/s")
+    return row(name, ours, bound, 0.7)
 
 
 def decode67(bench: Bench) -> Iterator[Row]:
@@ -231,9 +222,7 @@ def bound(bench: Bench) -> Iterator[Row]:
                 f"{what} against the lesser of that and the resident speed",
                 of_disk["ours"],
                 lesser,
-                of_disk["ours"] / lesser,
                 0.7,
-                "tok/s",
             )
 
 
@@ -243,7 +232,7 @@ def resident(bench: Bench) -> Iterator[Row]:
     sides = {"ours": ("ours", model), "resident": ("resident", model)}
     found = bench.race(sides, 2 * _model_bytes(model), PROMPT, max(bench.tokens, 64))
     ours, peer = (1 / found["seconds"][name]["decode"] for name in sides)
-    yield row("decode with a budget above the model against none", ours, peer, ours / peer, 0.97, "tok/s")
+    yield row("decode with a budget above the model against none", ours, peer, 0.97)
 
 
 def qwen30b(bench: Bench) -> Iterator[Row]:
@@ -251,8 +240,8 @@ def qwen30b(bench: Bench) -> Iterator[Row]:
     budget = 8 << 30
     found = bench.race({"ours": ("ours", bench.pack("qwen3-30b-a3b"))}, budget, PROMPT, bench.tokens)
     speed, peak = 1 / found["seconds"]["ours"]["decode"], found["peaks"]["ours"]
-    yield row("Qwen3-30B-A3B's shape on 8 GiB: decode", speed, None, None, None, "tok/s")
-    yield row("Qwen3-30B-A3B's shape on 8 GiB: peak of the group", peak / 1e9, budget / 1e9, None, None, "GB")
+    yield row("Qwen3-30B-A3B's shape on 8 GiB: decode", speed, None, None)
+    yield row("Qwen3-30B-A3B's shape on 8 GiB: peak of the group", peak / 1e9, budget / 1e9, None, "GB")
 
 
 def contract(bench: Bench) -> Iterator[Row]:
@@ -273,8 +262,8 @@ def contract(bench: Bench) -> Iterator[Row]:
             answer, peak, kills = _within(request, limit)
             exceeded += "error" in answer or kills > 0 or peak > budget
             most = max(most, peak / budget)
-    yield row(f"budgets exceeded in {bench.runs} random runs", exceeded, None, None, 0, "runs")
-    yield row("most of a budget that was held", most, None, None, 1.0, "of it")
+    yield row(f"budgets exceeded in {bench.runs} random runs", exceeded, None, 0, "runs")
+    yield row("most of a budget that was held", most, None, 1.0, "of it")
 
 
 def _within(request: dict[str, Any], limit: int) -> tuple[dict[str, Any], int, int]:
@@ -295,13 +284,9 @@ def _model_bytes(model: Path) -> int:
 
 
 def _disk(files: list[Path], seed: int) -> float:
-    config = _preset("olmoe-1b-7b")
+    config = preset("olmoe-1b-7b")
     record = record_bytes("q4", config.hidden_size, config.moe_intermediate_size)
     return random_read_speed(files, record, DISK_SECONDS, seed)
-
-
-def _preset(name: str) -> ModelConfig:
-    return decoder_only(load_preset(name), name)
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -322,21 +307,7 @@ def main() -> None:
     if arguments.side:
         side(json.loads(arguments.side))
         return
-    bench, found = Bench(arguments), []
-    for name in arguments.only:
-        for each in PARTS[name](bench):
-            found.append(each)
-            if not arguments.json:
-                print(_line(each), flush=True)
-    if arguments.json:
-        print(json.dumps({"rows": found}))
-
-
-def _line(found: Row) -> str:
-    peer = f"{found['peer']:>9,.2f}" if found["peer"] is not None else " " * 9
-    ratio = f"{found['ratio']:.3f}x" if found["ratio"] is not None else ""
-    target = f" (target {found['target']})" if found["target"] is not None else ""
-    return f"{found['name']:<66} {found['ours']:>9,.2f} {peer} {found['unit']}  {ratio}{target}"
+    print_rows({name: PARTS[name] for name in arguments.only}, Bench(arguments), arguments.json)
 
 
 if __name__ == "__main__":

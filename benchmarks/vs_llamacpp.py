@@ -11,17 +11,17 @@ of a packed model is packed_load.py's.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from llama import LlamaRunner
 from olmoe_gguf import write_olmoe
 from perplexity import perplexity_rows
+from rows import Row, preset, print_rows, row
 
 from tenfold import compiled
 from tenfold.bench.speed import one_round, random_ids
@@ -36,15 +36,12 @@ from tenfold.engine.runner import Runner
 from tenfold.formats import Packing
 from tenfold.memory import available_bytes
 from tenfold.packed import PackedExperts, PackedModel
-from tenfold.presets import load_preset
-from tenfold.switch_config import decoder_only
 
 SHORT, LONG = 16, 512
 """Tokens of the prompt before decoding, and of the one whose prefill is measured."""
 DECODED = 64
 TWINS_SHARE = 0.85
 """Of the free memory, which a sparse model and its dense twin may take together."""
-Row = dict[str, Any]
 Kind = Literal["prefill", "decode"]
 
 
@@ -52,7 +49,7 @@ class Bench:
     """What every part needs: the shape, the threads, the rounds, and a folder for GGUF files."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.config = cut(_preset("olmoe-1b-7b"), arguments.layers)
+        self.config = cut(preset("olmoe-1b-7b"), arguments.layers)
         self.rounds: int = arguments.rounds
         self.folder: Path = arguments.folder
         self.threads = use_threads(arguments.threads)
@@ -104,11 +101,6 @@ class Bench:
         return row(name, statistics.median(decoded) / 1e9, statistics.median(plain) / 1e9, 0.9, "GB/s")
 
 
-def row(name: str, ours: float, peer: float | None, target: float | None, unit: str = "tok/s") -> Row:
-    ratio = ours / peer if peer else None
-    return {"name": name, "ours": ours, "peer": peer, "ratio": ratio, "target": target, "unit": unit}
-
-
 def decode(bench: Bench) -> Iterator[Row]:
     yield from bench.against_llama("q4", "Q4_0", "decode", 1, 1.0)
     yield from bench.against_llama("q8", "Q8_0", "decode", 1, 1.0)
@@ -154,7 +146,7 @@ def transformers(bench: Bench) -> Iterator[Row]:
 
 def twins(bench: Bench) -> Iterator[Row]:
     yield _twin(bench, bench.config, 5.0)
-    yield _twin(bench, _fitting(_preset("qwen3-30b-a3b")), 8.0)
+    yield _twin(bench, _fitting(preset("qwen3-30b-a3b")), 8.0)
 
 
 def _twin(bench: Bench, sparse: ModelConfig, target: float) -> Row:
@@ -179,10 +171,6 @@ def perplexity(bench: Bench) -> Iterator[Row]:
     return (row(*found, unit="perplexity") for found in perplexity_rows(bench.folder))
 
 
-def _preset(name: str) -> ModelConfig:
-    return decoder_only(load_preset(name), name)
-
-
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     part.__name__: part for part in (decode, prefill, batches, transformers, twins, perplexity)
 }
@@ -197,22 +185,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tenfold-gguf")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    bench = Bench(arguments)
-    found: list[Row] = []
-    for name in arguments.only:
-        for each in PARTS[name](bench):
-            found.append(each)
-            if not arguments.json:
-                print(_line(each), flush=True)
-    if arguments.json:
-        print(json.dumps({"rows": found}))
-
-
-def _line(found: Row) -> str:
-    peer = f"{found['peer']:>9,.2f}" if found["peer"] is not None else " " * 9
-    ratio = f"{found['ratio']:.3f}x" if found["ratio"] is not None else ""
-    target = f" (target {found['target']})" if found["target"] is not None else ""
-    return f"{found['name']:<62} {found['ours']:>9,.2f} {peer} {found['unit']}  {ratio}{target}"
+    print_rows({name: PARTS[name] for name in arguments.only}, Bench(arguments), arguments.json)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,12 @@ def test_the_context_bounds_what_is_generated() -> None:
 
 
 def kept(logits: list[float], **params: object) -> list[float]:
-    sampler = Sampler(SamplingParams(**params))
-    return sampler.probabilities(torch.tensor(logits)).tolist()
+    """The probability of each token."""
+    sampler, logits_V = Sampler(SamplingParams(**params)), torch.tensor(logits)
+    weights_C, ids_C = sampler.candidates(logits_V - logits_V.max())
+    probs_V = torch.zeros_like(logits_V)
+    probs_V[slice(None) if ids_C is None else ids_C] = weights_C / weights_C.sum()
+    return probs_V.tolist()
 
 
 LOG_HALVES = [float(torch.tensor(p).log()) for p in (0.5, 0.25, 0.15, 0.1)]

@@ -2,10 +2,20 @@
 
 from typing import Any
 
-__all__ = ["ModelConfig", "TenfoldError", "load_model", "load_tokenizer", "save_model"]
+__all__ = [
+    "LLM",
+    "ModelConfig",
+    "SamplingParams",
+    "TenfoldError",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+]
 
 _HOMES = {
+    "LLM": "tenfold.engine.llm",
     "ModelConfig": "tenfold.config",
+    "SamplingParams": "tenfold.sampling",
     "TenfoldError": "tenfold.errors",
     "load_model": "tenfold.checkpoint",
     "load_tokenizer": "tenfold.tokenizer",

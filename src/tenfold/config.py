@@ -234,18 +234,20 @@ class ModelConfig(Counted, Parsed):
         attention += self.num_attention_heads * self.attention_sinks
         shared = (2 * self.shared_width + D) * (self.shared_width > 0)
         dense = (L - sparse) * (2 * self.intermediate_size + D) + sparse * shared
-        return L * attention + dense * self.mlp_bias + sparse * E * self._expert_biases()
+        return L * attention + dense * self.mlp_bias + sparse * E * self.expert_biases
 
     def _router_biases(self) -> int:
         """Of one expert: added to its logit, or to its score for the selection alone."""
         return self.moe_bias + (self.router == "sigmoid")
 
-    def _expert_biases(self) -> int:
+    @property
+    def expert_biases(self) -> int:
+        """Of one routed expert."""
         return (2 * self.moe_intermediate_size + self.hidden_size) * self.moe_bias
 
     def idle_params(self) -> int:
         idle = self.num_experts - self.num_experts_per_tok
-        return len(self.sparse_layers) * idle * (self.expert_params + self._expert_biases())
+        return len(self.sparse_layers) * idle * (self.expert_params + self.expert_biases)
 
     def mtp_params(self) -> int:
         """Parameters of the multi-token-prediction module, which shares the embedding and the head."""

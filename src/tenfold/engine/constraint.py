@@ -3,9 +3,9 @@
 llguidance does the parsing. What it is given is hostile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -73,11 +73,12 @@ def compile_constraint(
     """
     from llguidance import LLMatcher, LLParserLimits
 
-    grammar = {
+    grammars: dict[str, Callable[[str], str]] = {
         "json_schema": LLMatcher.grammar_from_json_schema,
         "regex": LLMatcher.grammar_from_regex,
         "grammar": LLMatcher.grammar_from_lark,
-    }[constraint.kind]
+    }
+    grammar = grammars[constraint.kind]
     vocabulary = _vocabulary(tokenizer, vocab_size, tuple(eos_token_ids))
     limits = LLParserLimits(verbose_errors=False)
     try:
@@ -98,7 +99,7 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int,
     from llguidance import LLTokenizer
 
     rows = max(vocab_size, tokenizer.vocab_size) + 1
-    source = tokenizer.raw.to_str() if tokenizer.model_file is None else _Pieces(tokenizer, rows)
+    source: Any = tokenizer.raw.to_str() if tokenizer.model_file is None else _Pieces(tokenizer, rows)
     try:
         return LLTokenizer(source, n_vocab=rows, eos_token=list(eos_token_ids) or [rows - 1])
     except ValueError as error:
@@ -118,6 +119,6 @@ class _Pieces:
         self.special_token_ids = [token for token, entry in added.items() if entry.special]
         self.eos_token_id = rows - 1
 
-    def __call__(self, text: str) -> list[int]:
-        """Asked what is usual for a text that is certain: not known, since pieces depend on what is before."""
+    def __call__(self, _: str) -> list[int]:
+        """How a text that is certain is usually cut: not known, since pieces depend on what is before."""
         return []

@@ -46,6 +46,6 @@ def generate_tokens(
         step = torch.tensor([[token]], device=device)
         hidden_BSD, _ = model.decode(step, memory, cache, position)
         token = sampler(model.logits(hidden_BSD[0, -1]))
-        if token in config.eos_token_ids:
+        if token in config.eos_token_ids and not params.ignore_eos:
             return
         yield token

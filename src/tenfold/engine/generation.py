@@ -12,6 +12,7 @@ from tenfold.engine import encoder_decoder
 from tenfold.engine.loading import ANY, AnyModel, load_model_for
 from tenfold.engine.runner import new_runner
 from tenfold.engine.sampler import Sampler
+from tenfold.engine.text import StoppedText, end_tokens
 from tenfold.engine.usage import Usage
 from tenfold.errors import TenfoldError
 from tenfold.hub import resolve
@@ -20,7 +21,7 @@ from tenfold.model.switch import SwitchTransformer
 from tenfold.model.transformer import Transformer
 from tenfold.packed import PackedModel
 from tenfold.sampling import SamplingParams
-from tenfold.tokenizer import TextStream, Tokenizer, load_tokenizer
+from tenfold.tokenizer import Tokenizer, load_tokenizer
 
 
 @torch.inference_mode()
@@ -54,7 +55,7 @@ def generate_tokens(
         threads = one_torch_thread() if isinstance(model, PackedModel) else nullcontext()
         with threads, usage.step(spent, step.numel()):
             token = sampler(runner.forward(step)[0])
-        if token in model.config.eos_token_ids:
+        if token in model.config.eos_token_ids and not params.ignore_eos:
             return
         yield token
         step = torch.tensor([[token]])
@@ -106,47 +107,32 @@ class Generation:
         self.model, self.tokenizer, self.params = model, tokenizer, params
         self.prompt_ids = encode_prompt(tokenizer, prompt)
         self.usage = Usage(model)
-        self.tokens: list[int] = []
-        self.text = ""
+        self._text = StoppedText(tokenizer, params)
         self.finish_reason = "length"
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._text.tokens
+
+    @property
+    def text(self) -> str:
+        return self._text.text
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text that no later token can change and no stop string will take back."""
-        stream, whole = TextStream(self.tokenizer), ""
         tokens, most = new_tokens(self.model, self.prompt_ids, self.params, self.usage)
+        ends = end_tokens(self.tokenizer, (), self.params)
         for token in tokens:
-            if token in self.tokenizer.eos_token_ids:
+            if token in ends:
                 break
-            self.tokens.append(token)
-            whole += stream.step(token)
-            if (cut := self._stop_at(whole)) is not None:
+            if piece := self._text.add(token):
+                yield piece
+            if self._text.stopped:
                 self.finish_reason = "stop"
-                yield from self._advance(whole[:cut])
                 return
-            yield from self._advance(whole[: len(whole) - self._begun_stop(whole)])
         if len(self.tokens) < most:
             self.finish_reason = "stop"
-        yield from self._advance(self.tokenizer.decode(self.tokens))
-
-    def _stop_at(self, whole: str) -> int | None:
-        found = [at for stop in self.params.stop if (at := whole.find(stop)) >= 0]
-        return min(found, default=None)
-
-    def _begun_stop(self, whole: str) -> int:
-        """How many last characters may be the beginning of a stop string."""
-        return max(
-            (
-                size
-                for stop in self.params.stop
-                for size in range(1, min(len(stop), len(whole) + 1))
-                if whole.endswith(stop[:size])
-            ),
-            default=0,
-        )
-
-    def _advance(self, text: str) -> Iterator[str]:
-        if len(text) > len(self.text):
-            piece, self.text = text[len(self.text) :], text
+        if piece := self._text.finish():
             yield piece
 
     def finish(self) -> "Generation":

@@ -61,8 +61,8 @@ class Sampler:
             best, token = adjusted_V.max(-1)
         if self.params.temperature > 0:
             weights_C, ids_C = self.candidates(adjusted_V - best)
-            token = draw(weights_C, self._random.random())
-            token = token if ids_C is None else ids_C[token]
+            drawn = draw(weights_C, self._random.random())
+            token = torch.tensor(drawn) if ids_C is None else ids_C[drawn]
         return self._record(int(token))
 
     def _record(self, token: int) -> int:
@@ -119,7 +119,7 @@ def nucleus(weights_C: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 def draw(weights_C: Tensor, uniform: float) -> int:
     """An index with a probability in proportion to its weight, from a number in [0, 1).
 
-    Never one of weight zero: the first index whose running sum reaches a share of the whole that is above zero.
+    Never one of weight zero: the first index whose running sum reaches a share of the whole above zero.
     """
     sums = weights_C.cumsum(0, dtype=torch.float64)
     return int(torch.searchsorted(sums, sums[-1] * (1 - uniform)))
