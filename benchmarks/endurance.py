@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.progress import track
 from rows import preset
 from serve import Server, free_port, serve_command
-from tenfold.engine.llm import LLM
 from vocabulary import write_tokenizer
 
+from tenfold.engine.llm import LLM
 from tenfold.formats import Packing
 from tenfold.sampling import SamplingParams
 
@@ -228,7 +228,7 @@ def main() -> None:
         path = model(Path(folder))
         llm = LLM(path)
         made = [llm.generate([prompt], params(number))[0] for number, prompt in enumerate(PROMPTS)]
-        llm.close()
+        del llm
         options = ["--memory", arguments.memory] if arguments.memory else []
         port = free_port()
         command = serve_command(path, port, *options)

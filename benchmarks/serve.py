@@ -183,7 +183,6 @@ def http(bench: Bench) -> Iterator[Row]:
         made = llm.generate(prompts, params)
         offline.append(sum(len(each.tokens) for each in made) / (time.perf_counter() - start))
         served.append(bench.load(bench.server("tenfold").url, USERS, turn)["tokens_per_second"])
-    llm.close()
     ours, peer = statistics.median(served), statistics.median(offline)
     yield row(f"{USERS} users through HTTP against the offline engine", ours, peer, 0.95)
 

@@ -17,6 +17,7 @@ from tenfold.formats import ExpertsFormat, Packing, RestFormat
 from tenfold.memory import Budget, parse_size
 from tenfold.parsed import first_problem
 from tenfold.sampling import SamplingParams
+from tenfold.server.settings import ServeSettings
 from tenfold.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -311,6 +312,30 @@ def bench(
     from tenfold.bench.table import report
 
     Console().print(report(found))
+
+
+@app.command
+def serve(
+    model: str,
+    /,
+    *,
+    settings: Annotated[ServeSettings, Flat] = ServeSettings(),  # noqa: B008
+    memory: Memory = None,
+    warm: Warm = None,
+) -> None:
+    """Serve a model to many users at once: OpenAI's API, and a page to talk with it.
+
+    Ctrl-C lets running requests end; another ends at once.
+
+    Parameters
+    ----------
+    model
+        directory of a model, a .gguf file, or an id on the Hugging Face hub (owner/name)
+    """
+    from tenfold.engine.async_engine import open_engine
+    from tenfold.server.serve import serve as run
+
+    run(lambda: open_engine(model, Budget(memory, warm), settings), settings)
 
 
 @app.command

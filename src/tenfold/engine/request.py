@@ -154,8 +154,8 @@ class Load:
 class Answer(Protocol):
     """A request under way: iterate for its pieces. Closing it early (`aclose`) cancels what is left."""
 
-    meter: Meter
-
+    @property
+    def meter(self) -> Meter: ...
     def __aiter__(self) -> AsyncGenerator[Piece, None]: ...
     async def aclose(self) -> None: ...
 
