@@ -50,6 +50,7 @@ class FakeServer(ThreadingHTTPServer):
             "num_experts": self.experts,
             "num_experts_per_tok": self.chosen,
             "memory_bytes": 4 * 2**30,
+            "chat_template": self.template,
         }
         load = {"running": 0, "waiting": 0, "memory_bytes": int(3.71 * 2**30)}
         return {"facts": facts, "load": load}
