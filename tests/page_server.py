@@ -15,8 +15,9 @@ POLICY = "default-src 'self' 'unsafe-inline'; connect-src 'self'; img-src data:"
 TEXT = (
     "A mixture of experts is a bakery with many bakers. For each loaf a foreman picks a few of them, "
     "those who know this kind of dough, and the others rest. So the bakery can know a great deal "
-    "without everyone working on every loaf: what it costs to bake one is the work of the few who were called.\n\n"
-    "That is why such a model has many parameters, and uses only a small share of them for each token."
+    "without everyone working on every loaf: what it costs to bake one is the work of the few who were "
+    "called.\n\nThat is why such a model has many parameters, and uses only a small share of them for "
+    "each token."
 )
 
 
@@ -119,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.refused():
-            return
+            return None
         self.server.requests.append(body)
         chat = "messages" in body
         if chat and not self.server.template:
@@ -133,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for number, event in enumerate(self.server.events(chat)):
                 if number == 20 and "break" in prompt:
-                    return
+                    return None
                 if number == 20 and "fail" in prompt:
                     event = {"error": {"message": "The disk no longer answers."}}
                 self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
