@@ -41,7 +41,7 @@ class FakeServer(ThreadingHTTPServer):
     def facts(self) -> dict[str, Any]:
         sparse = self.layers > 0
         facts = {
-            "name": "olmoe-1b-7b-q4" if sparse else "dense-1b",
+            "name": "made-up-7b-a1b" if sparse else "dense-1b",
             "context": 4096,
             "vocab_size": 50304,
             "num_params": 6_919_161_856,
@@ -59,12 +59,12 @@ class FakeServer(ThreadingHTTPServer):
     def events(self, chat: bool) -> Iterator[dict[str, Any]]:
         rng = random.Random(len(self.requests))
         routes = [rng.sample(range(self.experts), self.chosen) for _ in range(self.layers)]
+        fame = [[rng.paretovariate(1.2) for _ in range(self.experts)] for _ in routes]
         pieces = re.findall(r" ?[^\s]{1,6}|\s", self.text)
         for number, piece in enumerate(pieces):
             stay = rng.random()
-            for chosen in routes:
-                for slot in range(self.chosen):
-                    other = rng.randrange(self.experts)
+            for chosen, weights in zip(routes, fame, strict=True):
+                for slot, other in enumerate(rng.choices(range(self.experts), weights, k=self.chosen)):
                     if rng.random() > stay and other not in chosen:
                         chosen[slot] = other
             choice: dict[str, Any] = {"index": 0, "finish_reason": None}
