@@ -13,11 +13,18 @@ MAX_TOP = 20
 """Alternatives beside a token."""
 MAX_ID = 2**31 - 1
 
+
+class OneError(FailFast):
+    """A list ends at its first error, where a hostile one has a million. Python 3.11 hashes what is in unions."""
+
+    __hash__ = object.__hash__
+
+
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_ID)]], FailFast(), Field(max_length=1 << 20)]
-Texts = Annotated[list[str], FailFast(), Field(max_length=MAX_CHOICES)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_ID)]], OneError(), Field(max_length=1 << 20)]
+Texts = Annotated[list[str], OneError(), Field(max_length=MAX_CHOICES)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Stops = Annotated[list[Stop], FailFast(), Field(max_length=64)]
+Stops = Annotated[list[Stop], OneError(), Field(max_length=64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Grammar = Annotated[str, Field(min_length=1, max_length=1 << 16)]
 
@@ -125,20 +132,20 @@ class TextPart(Schema):
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], FailFast(), Field(max_length=1024)] | None = None
+    content: str | Annotated[list[TextPart], OneError(), Field(max_length=1024)] | None = None
     name: str | None = Field(None, max_length=1000)
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], FailFast(), Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[ToolCall], OneError(), Field(max_length=128)] | None = None
     tool_call_id: str | None = Field(None, max_length=1000)
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], OneError(), Field(min_length=1, max_length=4096)]
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_ID)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], FailFast(), Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], OneError(), Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     reasoning_effort: str | None = Field(None, max_length=20)
     chat_template_kwargs: Annotated[dict[Name, bool | int | float | str], Field(max_length=16)] | None = (
@@ -160,7 +167,7 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], FailFast(), Field(max_length=MAX_CHOICES)]
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], OneError(), Field(max_length=MAX_CHOICES)]
     suffix: str | None = Field(None, max_length=0, description="not supported")
     best_of: int | None = Field(None, description="not supported, unless it is n")
     echo: bool = False
