@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tenfold.engine.batch import BatchRunner
 from tenfold.engine.loading import USUAL_CONTEXT, open_batch_runner
-from tenfold.engine.request import Load, Meter, ModelFacts, Overloaded, Piece, Request
+from tenfold.engine.request import Load, Meter, ModelFacts, Overloaded, Piece, Request, Stopped
 from tenfold.engine.scheduler import Scheduler
 from tenfold.engine.sequence import Job
 from tenfold.errors import TenfoldError
@@ -98,7 +98,7 @@ class AsyncLLM:
         answer = StreamedAnswer(job, self._cancel)
         with self._wake:
             if self._closed is not None:
-                raise TenfoldError(self._closed)
+                raise Stopped(self._closed)
             if self._waiting() >= self._max_queue:
                 raise Overloaded(f"{self._max_queue} requests are waiting already: try again later")
             self._answers[job] = answer
@@ -156,7 +156,7 @@ class AsyncLLM:
             with self._wake:
                 self._closed = f"the engine stopped: {type(error).__name__}: {error}"
                 for answer in self._answers.values():
-                    answer.tell(TenfoldError(self._closed))
+                    answer.tell(Stopped(self._closed))
                 self._answers.clear()
 
     def _take_in(self) -> None:
@@ -168,9 +168,11 @@ class AsyncLLM:
             what(job)
 
     def _tell(self) -> None:
-        for job, news in self._scheduler.step():
+        told = self._scheduler.step()
+        for job, news in told:
             if (answer := self._answers.get(job)) is not None:
                 answer.tell(news)
+        for job, _ in told:  # not before: several texts of one may end in one step
             if not job.unfinished:
                 self._answers.pop(job, None)
 

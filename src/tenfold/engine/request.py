@@ -15,6 +15,10 @@ class Overloaded(TenfoldError):
     """More is waiting than the queue holds: ask again later."""
 
 
+class Stopped(TenfoldError):
+    """The engine takes no more requests, or cannot go on with this one: its disk or its model failed."""
+
+
 class TooLong(TenfoldError):
     """The prompt leaves no room in the context, or could never fit the KV cache."""
 

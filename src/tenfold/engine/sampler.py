@@ -36,7 +36,7 @@ class Sampler:
         self._random = random.Random(None if params.seed is None else params.seed + index)
         self._penalties = _Penalties(params, prompt_ids) if _penalises(params) else None
         self._bias = (
-            torch.tensor([int(token) for token in params.logit_bias]),
+            torch.tensor([int(token) for token in params.logit_bias], dtype=torch.long),
             torch.tensor(list(params.logit_bias.values())),
         )
 

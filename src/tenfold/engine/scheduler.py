@@ -12,7 +12,7 @@ from tenfold.engine.batch import BatchRunner, Chunk
 from tenfold.engine.blocks import Blocks
 from tenfold.engine.constraint import Matcher, compile_constraint
 from tenfold.engine.flight import Flight, Weights
-from tenfold.engine.request import Piece, Request, TooLong
+from tenfold.engine.request import Piece, Request, Stopped, TooLong
 from tenfold.engine.sampler import Sampler, check_params
 from tenfold.engine.sequence import Job, Seq
 from tenfold.engine.speculation import Speculation
@@ -232,7 +232,7 @@ class Scheduler:
             if len(chunks) > 1:  # one of them met the error: alone, the others do not
                 done = [self._decode_now([chunk]) for chunk in chunks if chunk[0].table is not None]
                 return sum(seconds for seconds, _ in done), sum(tokens for _, tokens in done)
-            self._fail(chunks[0][0].job, error)
+            self._fail(chunks[0][0].job, Stopped(str(error)))
             return 0.0, 0
         self._settle(flight)
         self.steps += 1
@@ -297,7 +297,7 @@ class Scheduler:
         left = [member for member in flight.members if member.stays]
         self._end(flight)
         if len(left) == 1:
-            self._fail(left[0].seq.job, error)
+            self._fail(left[0].seq.job, Stopped(str(error)))
         else:
             for member in left:
                 self._begin([(member.seq, member.chunk)])

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from tenfold.engine.request import Overloaded, TooLong
+from tenfold.engine.request import Overloaded, Stopped, TooLong
 from tenfold.errors import TenfoldError
 
 logger = logging.getLogger("tenfold.server")
@@ -58,6 +58,8 @@ def api_error(error: BaseException) -> ApiError:
             return _invalid(error)
         case Overloaded():
             return ApiError(429, str(error), code="queue_full", retry_after=1)
+        case Stopped():
+            return ApiError(503, str(error), code="engine_failed")
         case TooLong():
             return ApiError(400, str(error), code="context_length_exceeded")
         case TenfoldError():

@@ -15,7 +15,7 @@ MAX_ID = 2**31 - 1
 
 
 class OneError(FailFast):
-    """A list ends at its first error, where a hostile one has a million. Python 3.11 hashes what is in unions."""
+    """A hostile list has a million errors: the first is enough. Python 3.11 hashes what is in unions."""
 
     __hash__ = object.__hash__
 
