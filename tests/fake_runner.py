@@ -132,6 +132,7 @@ class FakePass:
         time.sleep(self.runner.seconds * sum(len(chunk.ids) for chunk in self.chunks))
         for chunk in self.chunks:
             if self.runner.broken & set(chunk.ids):
+                self.runner.flying.discard(self)
                 raise TenfoldError("expert 3 of layer 1 is damaged")
             for position, token in enumerate(chunk.ids, chunk.start):
                 block, at = divmod(position, self.runner.block_size)

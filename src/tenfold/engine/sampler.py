@@ -154,7 +154,7 @@ class _Penalties:
             seen = logits_V[ids]
             logits_V[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
         if params.presence_penalty:
-            logits_V.sub_(self._counts_V > 0, alpha=params.presence_penalty)
+            logits_V.sub_((self._counts_V > 0).float(), alpha=params.presence_penalty)
         if params.frequency_penalty:
             logits_V.sub_(self._counts_V, alpha=params.frequency_penalty)
 

@@ -89,7 +89,7 @@ class Reply:
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         head = {**self._head, **({"usage": None} if self._body.include_usage else {})}
         echo = [self._echo(choice) for choice in range(self._answers.choices)]
-        async for choice, piece in self._answers:
+        async for choice, piece in self._pieces():
             text, echo[choice] = echo[choice] + piece.text, ""
             if text or piece.tokens or piece.finish_reason:
                 yield head | self._chunk(choice, replace(piece, text=text), [])
@@ -98,7 +98,7 @@ class Reply:
 
     async def whole(self) -> dict[str, Any]:
         found = [Piece(choice, self._echo(choice), []) for choice in range(self._answers.choices)]
-        async for choice, piece in self._answers:
+        async for choice, piece in self._pieces():
             one = found[choice]
             prompt = one.prompt if piece.prompt is None else piece.prompt
             tokens = [*one.tokens, *piece.tokens]
@@ -109,6 +109,10 @@ class Reply:
             "choices": [choice for chunk in chunks for choice in chunk["choices"]],
             "usage": self._usage(),
         }
+
+    async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        async for choice, piece in self._answers:
+            yield choice, replace(piece, text="", tokens=[]) if self._silent else piece
 
     def _echo(self, choice: int) -> str:
         return self._prompts[choice // self._body.choices] if self._body.echo else ""
@@ -122,7 +126,7 @@ class Reply:
     def _chunk(self, index: int, piece: Piece, told: Sequence[tuple[int, Logprob | None]]) -> dict[str, Any]:
         finish = reason(piece)
         if self._silent:
-            piece, finish = replace(piece, tokens=[]), finish and "length"
+            finish = finish and "length"
         told = [*told, *((token.id, token.logprob) for token in piece.tokens)]
         logprobs = self._logprobs[index](told) if self._body.logprobs is not None else None
         choice = {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish}

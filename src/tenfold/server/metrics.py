@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tenfold.engine.request import AsyncEngine, Meter
@@ -102,7 +101,5 @@ class CountRequests:
 
 def endpoint_of(scope: Scope) -> str:
     """The route's pattern, not the path: clients make up as many paths as they like."""
-    for route in scope["app"].routes:
-        if isinstance(route, Route) and route.matches(scope)[0].value:
-            return route.path
-    return "other"
+    path = scope["path"]
+    return path if path in scope["app"].openapi()["paths"] else getattr(scope.get("route"), "path", "other")
