@@ -108,18 +108,18 @@ class TenfoldLM(TemplateLM):  # type: ignore[misc]
         return self._subject.windows(self.tok_encode(text), stride=self.max_length)
 
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
-        found: list[str] = []
-        for part in _parts(requests, "answers"):
-            asked = [self._sampling(request.args[1], len(found) + n) for n, request in enumerate(part)]
-            prompts = [
-                self.tok_encode(request.args[0])[-(self.max_length - params.max_tokens) :]
-                for request, params in zip(part, asked, strict=True)
-            ]
-            written = self._subject.generate(prompts, asked)
-            for tokens, params in zip(written, asked, strict=True):
-                text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-                found.append(postprocess_generated_text(text, params.stop, None))
-        return found
+        params = [self._sampling(request.args[1], seed) for seed, request in enumerate(requests)]
+        prompts = [
+            self.tok_encode(request.args[0])[each.max_tokens - self.max_length :]
+            for request, each in zip(requests, params, strict=True)
+        ]
+        return [
+            # A stop string may have been written with special tokens, which are left out of the text.
+            postprocess_generated_text(
+                self._tokenizer.decode(result.tokens, skip_special_tokens=True), each.stop, None
+            )
+            for result, each in zip(self._subject.llm.generate(prompts, params), params, strict=True)
+        ]
 
     def _sampling(self, wanted: dict[str, Any], seed: int) -> SamplingParams:
         """What a task's generation_kwargs ask for. A repeated question has a seed of its own each time."""

@@ -3,17 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 from tenfold.checkpoint import load_config
-from tenfold.engine.blocks import Blocks
-from tenfold.engine.generation import Generation
-from tenfold.engine.loading import USUAL_CONTEXT, open_batch_runner
+from tenfold.engine.llm import LLM
+from tenfold.engine.loading import USUAL_CONTEXT
 from tenfold.errors import TenfoldError
 from tenfold.evaluate.scoring import SCRATCH_BYTES, Scorer, Text
 from tenfold.hub import resolve
 from tenfold.memory import Budget
-from tenfold.sampling import SamplingParams
 from tenfold.switch_config import decoder_only
 from tenfold.tokenizer import load_tokenizer
 
@@ -59,17 +56,10 @@ class Subject:
             yield Text(whole[max(0, end - self.context) : end], whole[begin + 1 : end + 1])
 
     @cached_property
-    def _runner(self) -> Any:
+    def llm(self) -> LLM:
         memory = replace(self._memory, reserve=self._memory.reserve + SCRATCH_BYTES)
-        return open_batch_runner(self._path, memory, self.context, self._batch_size).runner
+        return LLM(self._path, memory, self.context, self._batch_size)
 
     @cached_property
     def scorer(self) -> Scorer:
-        return Scorer(self._runner, Blocks(self._runner), self.context)
-
-    def generate(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
-        """New tokens after each prompt."""
-        return [
-            Generation(self._runner.model, self.tokenizer, ids, wanted).finish().tokens
-            for ids, wanted in zip(prompts, params, strict=True)
-        ]
+        return Scorer(self.llm.runner, self.llm.blocks, self.context)
