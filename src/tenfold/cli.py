@@ -13,6 +13,7 @@ from pydantic import ValidationError
 # Settings are classes whose annotations the parser reads: importing them must stay cheap.
 from tenfold.bench.settings import BenchSettings
 from tenfold.errors import TenfoldError
+from tenfold.evaluate.settings import EvalSettings
 from tenfold.formats import ExpertsFormat, Packing, RestFormat
 from tenfold.memory import Budget, parse_size
 from tenfold.parsed import first_problem
@@ -312,6 +313,36 @@ def bench(
     from tenfold.bench.table import report
 
     Console().print(report(found))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: str,
+    /,
+    *,
+    settings: Annotated[EvalSettings, Flat] = EvalSettings(),  # noqa: B008
+    memory: Memory = None,
+    warm: Warm = None,
+    json: Json = False,
+) -> None:
+    """Ask a model lm-eval's tasks, or how well it predicts a text.
+
+    Parameters
+    ----------
+    model
+        directory or GGUF file of a model, or its id on the Hugging Face hub (owner/name)
+    """
+    from tenfold.evaluate import evaluate as run
+
+    found = run(model, settings, Budget(memory, warm))
+    if json or settings.perplexity is not None:
+        _print_table(found, "evaluated", json)
+        return
+    from rich.console import Console
+
+    from tenfold.evaluate.table import table
+
+    Console().print(table(found))
 
 
 @app.command

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from tenfold.engine.blocks import Blocks
 from tenfold.engine.generation import encode_prompt
 from tenfold.engine.loading import USUAL_CONTEXT, open_batch_runner
 from tenfold.engine.request import FinishReason, Logprob, Meter, Piece, Request, describe
@@ -54,17 +55,23 @@ class LLM:
     def __init__(
         self,
         path: str | Path,
-        memory: int | str | None = None,
+        memory: int | str | Budget | None = None,
         context: int = USUAL_CONTEXT,
         max_sequences: int = 16,
         kv_tokens: int | None = None,
     ):
         """`path` is a directory, a .gguf file or a hub id; `memory` bytes, or a text such as "8GiB", that the
         whole process keeps to (packed models alone). Raises TenfoldError as `open_batch_runner` does."""
-        budget = Budget(parse_size(memory) if isinstance(memory, str) else memory)
+        limit = parse_size(memory) if isinstance(memory, str) else memory
+        budget = limit if isinstance(limit, Budget) else Budget(limit)
         opened = open_batch_runner(path, budget, context, max_sequences, kv_tokens)
-        self.tokenizer = opened.tokenizer
+        self.tokenizer, self.runner = opened.tokenizer, opened.runner
         self._scheduler = Scheduler(opened.runner, opened.tokenizer, context, max_sequences)
+
+    @property
+    def blocks(self) -> Blocks:
+        """Of the KV cache: what else runs on `runner` takes its own from them."""
+        return self._scheduler.blocks
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]

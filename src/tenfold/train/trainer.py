@@ -12,7 +12,6 @@ from tenfold.checkpoint import load_decoder_only, save_model
 from tenfold.config import ModelConfig
 from tenfold.device import keep_freed_memory, pick_device, pick_precision
 from tenfold.errors import TenfoldError
-from tenfold.evaluate import bits_per_byte
 from tenfold.files import write_json
 from tenfold.kernels import grouped_mm
 from tenfold.model.transformer import Transformer
@@ -25,6 +24,7 @@ from tenfold.train.reporter import Reporter
 from tenfold.train.result import summarize
 from tenfold.train.settings import TrainSettings, resolve_config
 from tenfold.train.state import RunFolder
+from tenfold.train.validation import bits_per_byte
 
 
 class Interrupted(KeyboardInterrupt):
