@@ -59,6 +59,8 @@ class Landed(NamedTuple):
     logits_NV: Tensor
     experts: Sequence[Experts] | None
     """Of each wanted token, if its request asks for them."""
+    states_SD: Tensor | None
+    """Of all its tokens, where somebody drafts."""
 
 
 class Flight:
@@ -101,10 +103,13 @@ class Flight:
 
     def land(self) -> Iterator[Landed]:
         """Once it is done."""
-        end = 0
+        first = start = 0
+        states_TD = self._pass.states_TD
         for member, experts in zip(self.members, self._experts(), strict=True):
-            start, end = end, end + member.chunk.wanted
-            yield Landed(member, self._logits_NV[start:end], experts)
+            end, stop = first + member.chunk.wanted, start + len(member.chunk.ids)
+            states_SD = None if states_TD is None else states_TD[start:stop]
+            yield Landed(member, self._logits_NV[first:end], experts, states_SD)
+            first, start = end, stop
 
     def _experts(self) -> Iterator[Sequence[Experts] | None]:
         for member, by_layer in zip(self.members, self._routes(), strict=True):
