@@ -13,8 +13,10 @@ from tenfold.formats import Packing
 CONTEXT = 256
 
 
-def write_served_model(folder: Path) -> Path:
-    config = preset("demo").model_copy(update={"max_position_embeddings": CONTEXT})
+def write_served_model(folder: Path, width: int = 64) -> Path:
+    """`width` is that of its experts."""
+    sizes = {"max_position_embeddings": CONTEXT, "moe_intermediate_size": width}
+    config = preset("demo").model_copy(update=sizes)
     out = folder / "small"
     write_random_pack(out, config, Packing(experts="q4", rest="q8"))
     write_tokenizer(out, config.vocab_size)
