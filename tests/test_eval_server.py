@@ -1,4 +1,4 @@
-"""lm-eval against the server, as any other client of OpenAI's API: the scores of its class for transformers."""
+"""lm-eval against the server, as a client of OpenAI's API: the scores of its class for transformers."""
 
 import re
 import subprocess
