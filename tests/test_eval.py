@@ -496,7 +496,7 @@ def test_models_that_cannot_be_evaluated(
         )
     elif damage == "NaN":
         model.layers[1].post_attention_layernorm.weight.data[3] = math.nan
-        words = "logits are NaN"
+        words = "logits are NaN or infinite"
     save_model(model, tmp_path / "model", None if damage == "no tokenizer" else tokenizer)
     (tmp_path / "text.txt").write_text("the cat")
     status, _, err = run(capsys, "eval", tmp_path / "model", "--perplexity", tmp_path / "text.txt")

@@ -54,7 +54,7 @@ class Scorer:
         """Of each text, in their order. Texts are taken as they are needed. Neighbours with the same `ids`
         are read once, and a beginning that was read lately is not read again.
 
-        Raises TenfoldError for a text that is longer than `context`, and where a probability is NaN.
+        Raises TenfoldError for a text that is longer than `context`, and where logits are NaN or infinite.
         """
         groups = groupby(texts, key=lambda text: text.ids)
         waiting = (_Reading(ids, [text.targets for text in same]) for ids, same in groups)
@@ -147,8 +147,8 @@ class _Reading:
             position += len(piece_NV)
 
     def scores(self) -> Iterator[Score]:
-        if any(map(math.isnan, self._logprobs)):
+        if not all(map(math.isfinite, self._logprobs)):
             raise TenfoldError(
-                "the model's logits are NaN: its weights are damaged, or too large for its precision"
+                "the model's logits are NaN or infinite: its weights are damaged, or too large"
             )
         return map(Score, self._logprobs, self._greedy)
