@@ -7,7 +7,6 @@
 namespace tenfold {
 namespace {
 
-constexpr int HALF = MAX_TOKENS / 2;
 constexpr int TOGETHER = 4;  // tokens whose sums are interleaved: one alone would wait for each product
 
 template <Format F>
@@ -90,40 +89,34 @@ void tile_dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& a
     for (int t = 0; t < T; t++) _mm512_storeu_ps(out + t * ROWS, _mm512_mul_ps(sum[t], row_scales));
 }
 
-// `T` tokens of a tile of `stride`. Each has two sums whatever T is, so that its numbers do not depend on the
-// tokens beside it, and no product of few tokens waits for the one before it.
+// One sum a token whatever T is, so that its numbers do not depend on the tokens beside it. A single token then
+// waits for each product, but still goes faster than memory.
 template <int T>
-void tile_dot_bf16(const uint8_t* panel, int blocks, const uint16_t* tile, int stride, const Ahead& ahead, float* out) {
-    constexpr int SUMS = 2;
-    const int32_t* pairs = reinterpret_cast<const int32_t*>(tile);
-    __m512 sum[T][SUMS];
-    for (int t = 0; t < T; t++)
-        for (int s = 0; s < SUMS; s++) sum[t][s] = _mm512_setzero_ps();
+void tile_dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
+    const int32_t* pairs = reinterpret_cast<const int32_t*>(tile.bf16);
+    __m512 sum[T];
+    for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
     for (int b = 0; b < blocks; b++) {
         const uint8_t* block = panel + b * code_bytes(Format::bf16);
-        const int32_t* x = pairs + static_cast<size_t>(b) * stride * 16;
+        const int32_t* x = pairs + static_cast<size_t>(b) * T * 16;
         ahead.fetch(b);
 #pragma GCC unroll 16
         for (int pair = 0; pair < 16; pair++) {
-            const __m512bh weights = (__m512bh)_mm512_loadu_si512(block + pair * 64);
+            const __m512bh w = (__m512bh)_mm512_loadu_si512(block + pair * 64);
 #pragma GCC unroll 16
             for (int t = 0; t < T; t++)
-                sum[t][pair % SUMS] = _mm512_dpbf16_ps(sum[t][pair % SUMS], weights,
-                                                       (__m512bh)_mm512_set1_epi32(x[t * 16 + pair]));
+                sum[t] = _mm512_dpbf16_ps(sum[t], w, (__m512bh)_mm512_set1_epi32(x[t * 16 + pair]));
         }
     }
-    for (int t = 0; t < T; t++) _mm512_storeu_ps(out + t * ROWS, _mm512_add_ps(sum[t][0], sum[t][1]));
+    for (int t = 0; t < T; t++) _mm512_storeu_ps(out + t * ROWS, sum[t]);
 }
 
 template <Format F, int T = MAX_TOKENS>
 void dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out) {
     if (tile.tokens == T) {
-        if constexpr (F == Format::bf16 && T > HALF) {  // the sums of all would not fit the registers
-            tile_dot_bf16<HALF>(panel, blocks, tile.bf16, T, ahead, out);
-            tile_dot_bf16<T - HALF>(panel, blocks, tile.bf16 + HALF * BLOCK, T, {}, out + HALF * ROWS);
-        } else if constexpr (F == Format::bf16) {
-            tile_dot_bf16<T>(panel, blocks, tile.bf16, T, ahead, out);
-        } else
+        if constexpr (F == Format::bf16)
+            tile_dot_bf16<T>(panel, blocks, tile, ahead, out);
+        else
             tile_dot<F, T>(panel, blocks, tile, ahead, out);
     } else if constexpr (T > 1) {
         dot<F, T - 1>(panel, blocks, tile, ahead, out);
