@@ -186,7 +186,8 @@ class Scheduler:
         ]
         if not ready:
             return 0.0
-        most = self._speculation.wanted(len(ready))
+        room = self._runner.max_tokens // len(ready) - 1
+        most = min(room, self._speculation.wanted(len(ready)))
         start = time.perf_counter()
         guesses = self._guesses(ready, most) if most else [()] * len(ready)
         guessing = time.perf_counter() - start
@@ -265,8 +266,8 @@ class Scheduler:
                 continue
             try:
                 piece = seq.take(member.chunk, logits_NV, experts, states_SD)
-            except TenfoldError as error:
-                self._fail(seq.job, error)
+            except TenfoldError as error:  # logits that are none
+                self._fail(seq.job, Stopped(str(error)))
                 continue
             self.blocks.keep(member.table, seq.ids, seq.cached)
             if piece is not None:
