@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 class Matcher:
     """Follows one text along a constraint."""
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, matcher: "LLMatcher", vocab_size: int, never: int | None) -> None:
+        """`never` is a token that llguidance takes for the end of a text, and the model does not."""
+        self._matcher, self._vocab_size, self._never = matcher, vocab_size, never
 
     def copy(self) -> "Matcher":
         """For another text of the same request, from where this one is."""
-        return Matcher(self._matcher.deep_copy(), self._vocab_size)
+        return Matcher(self._matcher.deep_copy(), self._vocab_size, self._never)
 
     @property
     def complete(self) -> bool:
@@ -48,7 +49,9 @@ class Matcher:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(bool)
-        if not allowed.any():
+        if self._never is not None:
+            allowed[self._never] = False
+        if not (allowed.any() or self.done):
             raise TenfoldError("no token can go on with the text that the constraint asks for")
         return torch.from_numpy(allowed)
 
@@ -78,12 +81,13 @@ def compile_constraint(
         "regex": LLMatcher.grammar_from_regex,
         "grammar": LLMatcher.grammar_from_lark,
     }
-    grammar = grammars[constraint.kind]
     vocabulary = _vocabulary(tokenizer, vocab_size, tuple(eos_token_ids))
     limits = LLParserLimits(verbose_errors=False)
     try:
-        matcher = LLMatcher(vocabulary, grammar(constraint.text), log_level=0, limits=limits)
-        found = Matcher(matcher, vocab_size)
+        matcher = LLMatcher(
+            vocabulary, grammars[constraint.kind](constraint.text), log_level=0, limits=limits
+        )
+        found = Matcher(matcher, vocab_size, None if eos_token_ids else vocabulary.eos_token)
         found.mask()
     except (ValueError, TenfoldError) as error:
         raise TenfoldError(f"{constraint.kind}: {error}") from None
@@ -94,14 +98,14 @@ def compile_constraint(
 def _vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> "LLTokenizer":
     """What llguidance makes of a vocabulary, which takes it a second.
 
-    A model that has no end is given one beyond its vocabulary.
+    It wants an end: of a model that has none, the last token is taken for one.
     """
     from llguidance import LLTokenizer
 
-    rows = max(vocab_size, tokenizer.vocab_size) + 1
+    rows = max(vocab_size, tokenizer.vocab_size)
     source: Any = tokenizer.raw.to_str() if tokenizer.model_file is None else _Pieces(tokenizer, rows)
     try:
-        return LLTokenizer(source, n_vocab=rows, eos_token=list(eos_token_ids) or [rows - 1])
+        return LLTokenizer(source, n_vocab=rows, eos_token=list(eos_token_ids) or [tokenizer.vocab_size - 1])
     except ValueError as error:
         raise TenfoldError(f"text from this tokenizer cannot be constrained: {error}") from None
 
@@ -119,6 +123,6 @@ class _Pieces:
         self.special_token_ids = [token for token, entry in added.items() if entry.special]
         self.eos_token_id = rows - 1
 
-    def __call__(self, _: str) -> list[int]:
-        """How a text that is certain is usually cut: not known, since pieces depend on what is before."""
+    def __call__(self, text: str) -> list[int]:  # noqa: ARG002
+        """Asked which tokens are usual for text that must come: not known, it depends on what is before."""
         return []

@@ -37,7 +37,7 @@ class Sampler:
         self._penalties = _Penalties(params, prompt_ids) if _penalises(params) else None
         self._bias = (
             torch.tensor([int(token) for token in params.logit_bias], dtype=torch.long),
-            torch.tensor(list(params.logit_bias.values())),
+            torch.tensor(list(params.logit_bias.values()), dtype=torch.float32),
         )
 
     @property
@@ -62,7 +62,7 @@ class Sampler:
         if self.params.temperature > 0:
             weights_C, ids_C = self.candidates(adjusted_V - best)
             drawn = draw(weights_C, self._random.random())
-            token = torch.tensor(drawn) if ids_C is None else ids_C[drawn]
+            return self._record(drawn if ids_C is None else int(ids_C[drawn]))
         return self._record(int(token))
 
     def _record(self, token: int) -> int:
@@ -119,7 +119,7 @@ def nucleus(weights_C: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 def draw(weights_C: Tensor, uniform: float) -> int:
     """An index with a probability in proportion to its weight, from a number in [0, 1).
 
-    Never one of weight zero: the first index whose running sum reaches a share of the whole above zero.
+    Never one of weight zero: it is the first whose running sum reaches a share, above zero, of the whole.
     """
     sums = weights_C.cumsum(0, dtype=torch.float64)
     return int(torch.searchsorted(sums, sums[-1] * (1 - uniform)))
