@@ -135,11 +135,19 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> _Vocabulary:
         tokens = LLTokenizer(source, n_vocab=rows, eos_token=ends)
     except ValueError as error:
         raise TenfoldError(f"text from this tokenizer cannot be constrained: {error}") from None
+    if isinstance(source, _Pieces):
+        source.found = tokens
     spaced = [token for token in range(vocab_size) if tokens.decode_bytes([token]).startswith(b" ")]
     starts_V = np.ones(vocab_size, bool)
-    if spaced and not tokenizer.decode(spaced[-1:]).startswith(" "):
+    if _drops_first_space(tokenizer, tokens, spaced):
         starts_V[spaced] = False
     return _Vocabulary(tokens, vocab_size, starts_V)
+
+
+def _drops_first_space(tokenizer: Tokenizer, tokens: "LLTokenizer", spaced: Sequence[int]) -> bool:
+    one = (token for token in reversed(spaced) if not tokens.decode_bytes([token]).startswith(b"  "))
+    token = next(one, None)
+    return token is not None and not tokenizer.decode([token]).startswith(" ")
 
 
 class _Pieces:
@@ -147,6 +155,8 @@ class _Pieces:
 
     is_tokenizer_wrapper = True
     bos_token_id = None
+    found: "LLTokenizer"
+    """What was made of it."""
 
     def __init__(self, tokenizer: Tokenizer, rows: int) -> None:
         found = piece_bytes(tokenizer)
@@ -155,6 +165,6 @@ class _Pieces:
         self.special_token_ids = [token for token, entry in added.items() if entry.special]
         self.eos_token_id = rows - 1
 
-    def __call__(self, text: str) -> list[int]:  # noqa: ARG002
-        """Asked which tokens are usual for text that must come: not known, it depends on what is before."""
-        return []
+    def __call__(self, text: str) -> list[int]:
+        """How text that must come is cut: not as the model is used to, for that depends on what is before."""
+        return self.found.greedy_tokenize(text)
