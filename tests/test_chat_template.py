@@ -183,8 +183,8 @@ def test_memory_is_bounded() -> None:
         "{{ range(99999) | map('center', 99999) | list }}",
     ):
         assert f"more than {MEMORY_MEGABYTES} MB" in refusal(hungry)
-    assert chat_template._worker
-    status = Path(f"/proc/{chat_template._worker.pid}/status").read_text()
+    assert chat_template._worker.process
+    status = Path(f"/proc/{chat_template._worker.process.pid}/status").read_text()
     peak_kilobytes = int(status.partition("VmHWM:")[2].split()[0])
     assert peak_kilobytes / 1024 < MEMORY_MEGABYTES
 
@@ -200,7 +200,7 @@ def test_interrupted_between_request_and_answer(monkeypatch: pytest.MonkeyPatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(chat_template, "_exchange", interrupted)
+        patch.setattr(chat_template._worker, "exchange", interrupted)
         with pytest.raises(KeyboardInterrupt):
             render("secret")
     assert render("next") == "next"

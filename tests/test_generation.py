@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tenfold.config import ModelConfig
 from tenfold.engine.generation import Generation, generate_tokens
 from tenfold.engine.kv_cache import new_kv_cache
-from tenfold.engine.sampler import Sampler
 from tenfold.errors import TenfoldError
 from tenfold.model.transformer import Transformer
 from tenfold.sampling import SamplingParams
@@ -73,44 +70,6 @@ def test_the_context_bounds_what_is_generated() -> None:
         next(generate_tokens(model, [1] * 64, SamplingParams()))
     with pytest.raises(TenfoldError, match="empty"):
         next(generate_tokens(model, [], SamplingParams()))
-
-
-def kept(logits: list[float], **params: object) -> list[float]:
-    """The probability of each token."""
-    sampler, logits_V = Sampler(SamplingParams(**params)), torch.tensor(logits)
-    weights_C, ids_C = sampler.candidates(logits_V - logits_V.max())
-    probs_V = torch.zeros_like(logits_V)
-    probs_V[slice(None) if ids_C is None else ids_C] = weights_C / weights_C.sum()
-    return probs_V.tolist()
-
-
-LOG_HALVES = [float(torch.tensor(p).log()) for p in (0.5, 0.25, 0.15, 0.1)]
-
-
-def test_filters_of_a_known_distribution() -> None:
-    assert kept(LOG_HALVES) == pytest.approx([0.5, 0.25, 0.15, 0.1])
-    assert kept(LOG_HALVES, top_k=2) == pytest.approx([2 / 3, 1 / 3, 0, 0])
-    assert kept(LOG_HALVES, top_p=0.7) == pytest.approx([2 / 3, 1 / 3, 0, 0])
-    assert kept(LOG_HALVES, top_p=0.01) == pytest.approx([1, 0, 0, 0])
-    assert kept(LOG_HALVES, min_p=0.29) == pytest.approx([5 / 9, 2.5 / 9, 1.5 / 9, 0])
-    hot = [p**0.5 for p in (0.5, 0.25, 0.15, 0.1)]
-    assert kept(LOG_HALVES, temperature=2.0) == pytest.approx([p / sum(hot) for p in hot])
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(-500, 500).map(lambda tenths: tenths / 10), min_size=1, max_size=30),
-    st.floats(0.01, 5),
-    st.none() | st.integers(1, 40),
-    st.floats(0.001, 1),
-    st.floats(0, 1),
-)
-def test_whatever_the_filters_the_likeliest_stays(
-    logits: list[float], temperature: float, top_k: int | None, top_p: float, min_p: float
-) -> None:
-    probs = kept(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    assert sum(probs) == pytest.approx(1, abs=1e-4)
-    assert max(probs) == probs[logits.index(max(logits))]
 
 
 @pytest.fixture(scope="module")

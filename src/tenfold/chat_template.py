@@ -2,22 +2,17 @@
 
 A template is Jinja code that somebody else wrote. It runs in Jinja's sandbox, and in a process of its
 own (`chat_template_worker.py`) that ends when the template takes too long: nothing inside a Python
-process can interrupt one long operation, such as `'a' * 10**10`. The first template starts the process,
-and it serves all that follow, from any thread.
+process can interrupt one long operation, such as `'a' * 10**10`.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tenfold.errors import TenfoldError
+from tenfold.worker import Worker, WorkerEnded
 
 CPU_SECONDS = 2
 MEMORY_MEGABYTES = 512
@@ -79,62 +74,14 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-_lock = threading.Lock()
-_worker: "subprocess.Popen[bytes] | None" = None
-
-
-def _forget_worker() -> None:
-    """In a forked child: two processes must not speak through one pipe."""
-    global _lock, _worker
-    _lock, _worker = threading.Lock(), None
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
-    os.register_at_fork(after_in_child=_forget_worker)
+_worker = Worker(
+    Path(__file__).with_name("chat_template_worker.py"), CPU_SECONDS, MEMORY_MEGABYTES, MEGACHARS
+)
 
 
 def _ask(request: bytes) -> dict[str, str]:
-    global _worker
-    with _lock:
-        if _worker is None or _worker.poll() is not None:
-            _worker = _start()
-        try:
-            reply = _exchange(_worker, request)
-        except BaseException:  # Ctrl-C: its answer would be taken for the next request's
-            _worker.kill()
-            _worker.wait()
-            raise
-        if not reply.endswith(b"\n"):
-            return {"error": _why_it_ended(_worker.wait())}
-    answer: dict[str, str] = json.loads(reply)
-    return answer
-
-
-def _start() -> "subprocess.Popen[bytes]":
-    """-P: else the files of this package would hide the standard library's of the same names."""
-    file = Path(__file__).with_name("chat_template_worker.py")
-    limits = [str(limit) for limit in (CPU_SECONDS, MEMORY_MEGABYTES, MEGACHARS)]
-    return subprocess.Popen(
-        [sys.executable, "-P", file, *limits],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C in the terminal is not meant for it
-    )
-
-
-def _exchange(worker: "subprocess.Popen[bytes]", request: bytes) -> bytes:
-    """The worker's line in answer to a line; not a whole one if it ended."""
-    assert worker.stdin and worker.stdout
     try:
-        worker.stdin.write(request + b"\n")
-        worker.stdin.flush()
-    except BrokenPipeError:
-        return b""
-    return worker.stdout.readline()
-
-
-def _why_it_ended(returncode: int) -> str:
-    if returncode == -signal.SIGPROF:
-        return f"it ran for more than {CPU_SECONDS} seconds"
-    return f"the process that renders it ended (status {returncode})"
+        answer: dict[str, str] = json.loads(_worker.ask(request))
+    except WorkerEnded as ended:
+        return {"error": f"it ran for more than {CPU_SECONDS} seconds" if ended.out_of_time else str(ended)}
+    return answer
