@@ -13,6 +13,7 @@
 #include "ceilings.hpp"
 #include "crc32.hpp"
 #include "layer.hpp"
+#include "lost_file.hpp"
 #include "quantize.hpp"
 
 namespace nb = nanobind;
@@ -172,6 +173,7 @@ NB_MODULE(_native, m) {
             PyErr_SetObject(nb::module_::import_("tenfold.errors").attr("TenfoldError").ptr(), text.ptr());
         }
     });
+    m.def("end_where_a_file_is_lost", &end_where_a_file_is_lost);
     m.def("crc32", [](Address data, size_t size) { return crc32(at<const uint8_t>(data), size); });
     m.def("read_file", [](const nb::bytes& path, uint64_t offset, size_t size, Address to) {
         const nb::gil_scoped_release unlocked;

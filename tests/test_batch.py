@@ -1,13 +1,15 @@
 """Packed models, many sequences in one pass: to the bit what each of them gives alone."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_families import FAMILIES, random_fields
-from test_packed_engine import DENSE, SHAPE, build, errors
+from test_expert_store import write_pack
+from test_packed_engine import DENSE, SHAPE, build, damaged, errors
 from torch import Tensor
 
 from tenfold import compiled
@@ -16,7 +18,7 @@ from tenfold.engine.batch import Chunk
 from tenfold.engine.packed import PackedRunner
 from tenfold.engine.packed_batch import BLOCK_SIZE, PackedBatchRunner
 from tenfold.errors import TenfoldError
-from tenfold.packed import PackedModel, packed_of
+from tenfold.packed import PackedModel, load_packed, packed_of, read_packed
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels in this installation")
 
@@ -130,12 +132,69 @@ def test_every_family_as_torch_computes_it(family: str, seed: int) -> None:
     assert errors(torch.cat(got, dim=1), wanted).median() < 0.02
 
 
+@pytest.mark.parametrize("isa", compiled.module().isas() if compiled.available() else [])
+@pytest.mark.parametrize("shared", [1, 3, 8])
+def test_tiles_of_any_size_give_the_same(isa: str, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in bf16, of attention and of weights, of every instruction set."""
+    monkeypatch.setenv("TENFOLD_ISA", isa)
+    heads = {"num_attention_heads": 2 * shared, "num_key_value_heads": 2}
+    model = packed_of(build(SHAPE | heads), "bf16", "bf16")
+    ids, runner = torch.randint(97, (90,)).tolist(), runner_of(model)
+    wanted, start = alone(model, ids), 0
+    for size in (1, 2, 5, 9, 16, 17, 40):
+        passed = runner.begin([Chunk([7, 2], start, ids[start : start + size], size)])
+        passed.advance()
+        assert torch.equal(passed.logits(), wanted[start : start + size])
+        start += size
+
+
+def test_a_prefix_is_shared(model: PackedModel) -> None:
+    """Two texts that begin alike read the same blocks, and go on in others."""
+    runner, beginning = runner_of(model), torch.randint(97, (64,)).tolist()
+    runner.begin([Chunk([4], 0, beginning, 0)]).advance()
+    ends = [torch.randint(97, (30,)).tolist() for _ in range(2)]
+    both = runner.begin([Chunk([4, 9 + n], 64, end, 1) for n, end in enumerate(ends)])
+    both.advance()
+    for end, logits_V in zip(ends, both.logits(), strict=True):
+        assert torch.equal(alone(model, beginning + end)[-1], logits_V)
+
+
+@pytest.mark.parametrize("slots", [2, 7, 1000])
+def test_streamed_experts(slots: int, tmp_path: Path) -> None:
+    """Passes that take turns at one store, and in each of its steps a batch asks for an expert once."""
+    path = write_pack(tmp_path, SHAPE)
+    resident, streamed = load_packed(path), read_packed(path, slots)
+    runner, texts = runner_of(streamed), [torch.randint(97, (size,)).tolist() for size in (60, 20, 9)]
+    wanted = [PackedRunner(resident, 1, CONTEXT).forward(torch.tensor([text])) for text in texts]
+    slow = runner.begin([Chunk([0], 0, texts[0], 1)])
+    slow.advance(1)
+    runner.begin([Chunk([n], 0, texts[n][:-1], 0) for n in (1, 2)]).advance()
+    assert streamed.store
+    before = streamed.store.meter()
+    quick = runner.begin([Chunk([n], len(texts[n]) - 1, texts[n][-1:], 1) for n in (1, 2)])
+    quick.advance()
+    after = streamed.store.meter()
+    assert slow.advance() and torch.equal(torch.cat([slow.logits(), quick.logits()]), torch.cat(wanted))
+    asked = after.hits + after.misses - before.hits - before.misses
+    assert asked == sum(len(routes.unique()) for routes in quick.routes)
+
+
+def test_what_another_left_in_a_block_is_cleared() -> None:
+    runner = runner_of(damaged())
+    runner.begin([Chunk([1], 0, [5] * 20, 0)]).advance()
+    runner.clear([1])
+    passed = runner.begin([Chunk([1], 0, [0] * 3, 1)])
+    passed.advance()
+    assert passed.logits().isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("chunk", "message"),
     [
         (Chunk([0], 0, [97], 1), "token id 97 is none"),
         (Chunk([0], 0, [-1], 1), "token id -1 is none"),
         (Chunk([0], 60, [1] * 5, 1), "65 positions are more than the 64"),
+        (Chunk(range(9), 199, [1] * 2, 1), "201 positions are more than the context of 200"),
         (Chunk(range(9), 0, [1] * 513, 1), "513 tokens are more than the 512"),
         (Chunk([0], 0, [], 0), "needs chunks"),
     ],

@@ -26,7 +26,7 @@ from tenfold.checkpoint.pack.record import record_bytes
 from tenfold.config import ModelConfig
 from tenfold.engine.budget import Room, plan_memory
 from tenfold.engine.generation import generate_tokens, load_generation
-from tenfold.engine.loading import load_model_and_tokenizer, load_packed_within
+from tenfold.engine.loading import load_model_and_tokenizer, load_packed_within, open_batch_runner
 from tenfold.engine.runner import new_runner
 from tenfold.errors import TenfoldError
 from tenfold.formats import Packing
@@ -184,6 +184,72 @@ def test_a_budget_is_kept(packed: Path, share: float) -> None:
         held = found["usage"]["memory"]
         assert (held["experts_held"] == held["experts"]) == (share > 1)
         assert found["usage"]["peak_memory_bytes"] <= budget
+
+
+MANY = """
+import json, sys
+from tenfold.device import one_torch_thread
+from tenfold.engine.batch import Chunk
+from tenfold.engine.loading import open_batch_runner
+from tenfold.memory import Budget, peak_memory_bytes
+runner = open_batch_runner(sys.argv[1], Budget(int(sys.argv[2])), 512, 4, 1024).runner
+with one_torch_thread():
+    for start, stop in ((0, 500), (500, 510), (510, 512)):
+        prompts = [Chunk(range(n, n + 8), start, [7 + n] * (stop - start), 1) for n in (0, 8)]
+        for chunks in [prompts] if start else [[prompt] for prompt in prompts]:
+            runner.begin(chunks).advance()
+print(json.dumps([runner.model.plan.summary(), peak_memory_bytes()]))
+"""
+
+
+@native
+@pytest.mark.skipif(WHY_NO_GROUP is not None, reason=f"no memory control group: {WHY_NO_GROUP}")
+def test_a_budget_is_kept_by_many_sequences(packed: Path) -> None:
+    """Which fill a KV cache that they share."""
+    command = [sys.executable, "-c", MANY, packed]
+    refused = subprocess.run([*command, "1"], capture_output=True, text=True, check=False)
+    assert "KV cache" in refused.stderr and "1,024 tokens" in refused.stderr
+    budget = parse_size(refused.stderr.split("works is ")[1].split(" ")[0])
+    with memory_group(budget) as group:
+        ran = group.run([*map(str, command), str(budget)], capture_output=True)
+        assert ran.returncode == 0, ran.stderr
+        assert (group.kills, group.peak <= budget) == (0, True)
+    plan, peak = json.loads(ran.stdout)
+    assert (plan["kv_tokens"], plan["context"]) == (1024, 512) and peak <= budget
+    assert plan["kv_cache_bytes"] < 1.2 * 1024 * CONFIG.kv_bytes_per_token("bfloat16")
+
+
+@native
+def test_a_kv_cache_takes_its_share_of_what_weights_leave(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But has room for one sequence at least, and for no more than all of them."""
+    monkeypatch.setattr("tenfold.engine.budget.peak_memory_bytes", lambda: 0)
+    left = 1 << 30
+    limit = resident_bytes() + left
+    opened = open_batch_runner(packed, Budget(limit), 100_000, 3000)
+    assert opened.memory_bytes == limit and opened.runner.max_tokens == 3512
+    taken = opened.runner.num_blocks * opened.runner.block_size * CONFIG.kv_bytes_per_token("bfloat16")
+    assert 0.2 * left < taken <= 0.25 * left
+    for context, sequences, positions in ((64, 2, 128), (512, 1, 512)):
+        runner = open_batch_runner(packed, Budget(limit), context, sequences).runner
+        assert runner.num_blocks * runner.block_size == positions
+
+
+@pytest.mark.parametrize("kind", ["plain", pytest.param("packed", marks=native)])
+def test_a_cache_less_than_a_sequence_or_more_than_the_memory_is_refused(
+    kind: str, packed: Path, tmp_path: Path
+) -> None:
+    path = packed
+    if kind == "plain":
+        path = tmp_path
+        save_model(Transformer(CONFIG.model_copy(update={"num_hidden_layers": 1})), path, tokenizer())
+    with pytest.raises(TenfoldError, match="KV cache of 511 tokens is less than the context of 512"):
+        open_batch_runner(path, Budget(), 100_000, 4, 511)
+    with pytest.raises(TenfoldError, match=r"a KV cache for .* tokens needs .* GiB"):
+        open_batch_runner(path, Budget(), 512, 4, 10**11)
+    opened = open_batch_runner(path, Budget(), 512, 4, 600)
+    assert opened.runner.num_blocks * opened.runner.block_size == 640
 
 
 @native

@@ -1,6 +1,8 @@
 """Packed models through the engine: every family against the torch model of the same weights."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -295,3 +297,31 @@ def test_forks_and_signals_while_a_prompt_is_read() -> None:
     """Neither the one nor a handler that uses the kernels waits for what waits for it."""
     command = [sys.executable, "-c", BESIDE_A_PROMPT]
     assert subprocess.run(command, timeout=60, cwd=Path(__file__).parent).returncode == 0
+
+
+LOST = """
+import os, sys
+from tenfold.engine.generation import Generation, load_generation
+from tenfold.sampling import SamplingParams
+generation = load_generation(sys.argv[1], "the cat", SamplingParams(max_tokens=1))
+generation.finish()
+os.truncate(sys.argv[2], 4096)
+Generation(generation.model, generation.tokenizer, "a", generation.params).finish()
+"""
+
+
+def test_a_file_that_is_cut_short_while_in_use_ends_in_one_line(folder: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(folder / "packed", tmp_path / "packed"))
+    largest = max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    ran = subprocess.run([sys.executable, "-c", LOST, path, largest], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1), ran.stderr
+    assert "cut short while it was in use" in ran.stderr
+
+
+def test_a_process_that_handles_lost_files_itself_may(folder: Path) -> None:
+    code = (
+        "import faulthandler, sys; from tenfold.packed import load_packed; faulthandler.enable()\n"
+        "load_packed(sys.argv[1]); import os, signal; os.kill(os.getpid(), signal.SIGBUS)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, folder / "packed"], capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGBUS and "Fatal Python error" in ran.stderr

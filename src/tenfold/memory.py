@@ -44,7 +44,7 @@ class Plan:
     weights: int
     """All that every token needs."""
     kv_cache: int
-    """For `context` positions of `batch` sequences."""
+    """For `context` positions of `batch` sequences, or what they share."""
     scratch: int
     """For the arithmetic, and what the system keeps for a process of this size."""
     record: int
@@ -55,6 +55,13 @@ class Plan:
     """How many there are, in all layers."""
     batch: int
     context: int
+    shared: int | None = None
+    """Positions that all sequences share, where not each can be as long as `context`."""
+
+    @property
+    def positions(self) -> str:
+        """Of the KV cache, for people."""
+        return f"{self.batch} x {self.context:,}" if self.shared is None else f"{self.shared:,}"
 
     @property
     def streams(self) -> bool:
@@ -74,13 +81,14 @@ class Plan:
             "experts": self.experts,
             "batch": self.batch,
             "context": self.context,
+            "kv_tokens": self.shared,
         }
 
     def __str__(self) -> str:
         held = f"{self.slots:,} of {self.experts:,} experts" if self.streams else "all experts"
         return (
             f"memory {size(self.budget)}: process {size(self.process)}, weights of every token"
-            f" {size(self.weights)}, KV cache {size(self.kv_cache)} ({self.batch} x {self.context:,} tokens),"
+            f" {size(self.weights)}, KV cache {size(self.kv_cache)} ({self.positions} tokens),"
             f" scratch {size(self.scratch)}, {held} {size(self.slots * self.record)}"
         )
 

@@ -115,9 +115,12 @@ def load_packed(path_or_id: str | Path) -> PackedModel:
     """The packed model of a directory or hub id, its files mapped: nothing is read before it is used.
 
     Its tensors share the pages of the files with every process that maps them, and must not be written to.
+    A process whose file is cut short meanwhile ends with one line (csrc/lost_file.hpp).
     Raises TenfoldError if it is no packed model, or naming what is missing or does not fit its config.json.
     """
     config, found = _open(path_or_id)
+    if compiled.available():
+        compiled.module().end_where_a_file_is_lost()
     maps = {file: _map(file) for file in {raw.file for there in found for raw in there.raws}}
     return PackedModel(config, {there.part.name: _mapped(there, maps) for there in found})
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from tenfold.config import ModelConfig
 from tenfold.errors import TenfoldError
 
+LOGITS_BYTES = 32 << 20
+"""For the logits of all tokens of a prompt, where they are asked for: cuts such prompts shorter."""
+
 
 class Chunk(NamedTuple):
     """What one sequence brings to a pass."""

@@ -14,9 +14,11 @@ from tenfold import compiled
 from tenfold.checkpoint.pack.layout import Experts, Matrix, Part
 from tenfold.checkpoint.pack.record import whole_pages
 from tenfold.config import ModelConfig
+from tenfold.engine.batch import LOGITS_BYTES
 from tenfold.engine.expert_store import LEAST_SLOTS
 from tenfold.engine.packed import PIECE
 from tenfold.engine.packed_batch import BLOCK_SIZE, WIDTH
+from tenfold.engine.speculation import DRAFTS
 from tenfold.errors import TenfoldError
 from tenfold.memory import Plan, available_bytes, peak_memory_bytes, resident_bytes, size
 from tenfold.model.attend import MAX_SCORES
@@ -72,7 +74,7 @@ def plan_memory(
     """
     process = resident_bytes() + reserve
     budget = default_budget(process) if limit is None else limit
-    weights = sum(_always_bytes(part) for part in parts)
+    weights = always_bytes(parts)
     kv_cache = kv_cache_bytes(config, room)
     layers = [part for part in parts if isinstance(part, Experts)]
     experts = sum(layer.count for layer in layers)
@@ -92,6 +94,7 @@ def plan_memory(
         experts=experts,
         batch=room.batch,
         context=room.context,
+        shared=room.shared,
     )
     if plan.slots < fewest or needed > budget or peak_memory_bytes() + reserve > budget:
         least = needed - budget * SYSTEM_SHARE + fewest * record
@@ -110,13 +113,18 @@ def _too_small(plan: Plan, least: float) -> str:
     return (
         f"a memory budget of {size(plan.budget)} is too small: the smallest that works is {smallest >> 20}MiB"
         f" (process {size(plan.process)}, weights of every token {size(plan.weights)}, KV cache"
-        f" {size(plan.kv_cache)} for {plan.batch} x {plan.context:,} tokens, scratch {size(plan.scratch)},"
+        f" {size(plan.kv_cache)} for {plan.positions} tokens, scratch {size(plan.scratch)},"
         f" two experts {size(LEAST_SLOTS * plan.record)})"
     )
 
 
+def always_bytes(parts: Sequence[Part]) -> int:
+    """Of weights that every token needs, in memory."""
+    return sum(_always_bytes(part) for part in parts)
+
+
 def _always_bytes(part: Part) -> int:
-    """In memory: panels as they are; plain tensors beside a float32 and a bf16 copy (`NativeLayers`)."""
+    """Panels as they are; plain tensors beside a float32 and a bf16 copy (`NativeLayers`)."""
     if isinstance(part, Experts):
         return 0
     if isinstance(part, Matrix):
@@ -150,6 +158,8 @@ def scratch_bytes(config: ModelConfig, room: Room) -> int:
     stream = 4 * 4 * tokens * config.hidden_size
     routes = 4 * tokens * config.num_hidden_layers * config.num_experts_per_tok
     logits = (4 * room.batch + 48) * config.vocab_size
+    if room.pass_tokens is not None:  # of drafts and of whole prompts, and what penalties count
+        logits += LOGITS_BYTES + (4 * DRAFTS + 8) * room.batch * config.vocab_size
     return stream + attention + routes + _feed_forward_scratch(config, tokens) + logits
 
 

@@ -9,15 +9,14 @@ from tenfold.chat_template import TEMPLATE_BYTES
 from tenfold.checkpoint import load_config, load_model, read_object
 from tenfold.checkpoint.pack.opened import packed_config
 from tenfold.checkpoint.store import Model, load_decoder_only
-from tenfold.config import ModelConfig
 from tenfold.engine.batch import BatchRunner
-from tenfold.engine.budget import Room, plan_memory
+from tenfold.engine.budget import Room, always_bytes, default_budget, plan_memory
 from tenfold.engine.packed_batch import BLOCK_SIZE, PackedBatchRunner
 from tenfold.engine.torch_batch import TorchBatchRunner
 from tenfold.errors import TenfoldError
 from tenfold.formats import packing_of
 from tenfold.hub import resolve
-from tenfold.memory import Budget, available_bytes, check_fits
+from tenfold.memory import Budget, check_fits, resident_bytes
 from tenfold.packed import PackedModel, load_packed, read_packed
 from tenfold.switch_config import decoder_only
 from tenfold.tokenizer import Tokenizer, load_tokenizer
@@ -28,7 +27,8 @@ ANY = Budget()
 USUAL_CONTEXT = 4096
 """Positions to plan for where nobody says how many, if the model's context is not shorter."""
 KV_SHARE = 1 / 4
-"""Of the memory, at most, for the KV cache of many sequences where nobody says how large it is to be."""
+"""Of the memory that weights leave which every token needs, at most, for the KV cache of many sequences where
+nobody says how large it is to be."""
 PROMPT_TOKENS = 512
 """Of prompts, in one pass, beside the token that each other sequence decodes."""
 
@@ -121,23 +121,27 @@ def open_batch_runner(
     """Any decoder-only model, with a KV cache of `kv_tokens` positions that up to `max_sequences` share.
 
     `context` is cut to the model's. By default there is room for all sequences to be that long, or for as
-    many positions as KV_SHARE of the memory holds. Raises TenfoldError as `load_model_for` does, and for a
-    cache that could never fit the memory, or holds less than one sequence.
+    many positions as KV_SHARE says, but for one sequence at least. Raises TenfoldError as `load_model_for`
+    does, and for a cache that could never fit the memory, or holds less than one sequence.
     """
     path = resolve(path_or_id)
     tokenizer, config = load_tokenizer(path), decoder_only(load_config(path), str(path))
     context = min(context, config.max_position_embeddings)
-    kv_tokens = _kv_tokens(config, memory, context, max_sequences) if kv_tokens is None else kv_tokens
+    packed, every = runs_packed(path), max_sequences * context
+    of_one = config.kv_bytes_per_token("bfloat16" if packed and not config.is_latent else "float32")
+    if kv_tokens is None:
+        weights = always_bytes(packed_config(path / "config.json")[1]) if packed else 4 * config.num_params()
+        kv_tokens = max(context, min(every, _kv_bytes(memory, weights) // of_one))
     if kv_tokens < context:
         raise TenfoldError(f"a KV cache of {kv_tokens:,} tokens is less than the context of {context:,}")
     _check_tokens(tokenizer, config.vocab_size, path)
     check_fits(
-        kv_tokens * config.kv_bytes_per_token("bfloat16"),
+        kv_tokens * of_one,
         f"a KV cache for {kv_tokens:,} tokens",
         "ask for fewer of them",
     )
     blocks, pass_tokens = -(-kv_tokens // BLOCK_SIZE), PROMPT_TOKENS + max_sequences
-    if not runs_packed(path):
+    if not packed:
         _check_no_budget(path, memory)
         runner: BatchRunner = TorchBatchRunner(load_decoder_only(path), blocks, BLOCK_SIZE, pass_tokens)
         return Opened(runner, tokenizer, path, None)
@@ -149,9 +153,8 @@ def open_batch_runner(
     return Opened(runner, tokenizer, path, model.plan.budget if model.plan else None)
 
 
-def _kv_tokens(config: ModelConfig, memory: Budget, context: int, max_sequences: int) -> int:
-    limit = memory.limit if memory.limit is not None else available_bytes()
-    every = max_sequences * context
-    if limit is None:
-        return every
-    return max(context, min(every, int(limit * KV_SHARE) // config.kv_bytes_per_token("bfloat16")))
+def _kv_bytes(memory: Budget, weights: int) -> int:
+    """By default, beside `weights` bytes of what every token needs."""
+    process = resident_bytes() + memory.reserve
+    limit = default_budget(process) if memory.limit is None else memory.limit
+    return int(max(0, limit - process - weights) * KV_SHARE)

@@ -24,8 +24,9 @@ class PackedRunner:
 
     def reset(self) -> None:
         """Forget all positions."""
+        used = -(-self.length // BLOCK_SIZE)
+        self.runner.clear([block for blocks in self._blocks for block in blocks[:used]])
         self.length = 0
-        self.runner.clear(range(self.runner.num_blocks))
 
     @torch.inference_mode()
     def forward(self, ids_BS: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from tenfold.engine.batch import Chunk, check
 from tenfold.engine.block_pool import BlockPool, places_of
 from tenfold.engine.latent import latent_layer
 from tenfold.engine.native_layers import NativeLayers
+from tenfold.errors import TenfoldError
 from tenfold.packed import PackedModel
 
 BLOCK_SIZE = 64
@@ -31,6 +32,7 @@ class PackedBatchRunner:
         keep_freed_memory()
         self.model, self.config = model, config
         self.block_size, self.num_blocks, self.max_tokens = BLOCK_SIZE, num_blocks, max_tokens
+        self._context = context
         self.native = NativeLayers(config, model.weights, context)
         self._norm = self.native.address("norm.weight")
         self.embedding = self.native.linear("embed_tokens")
@@ -60,7 +62,14 @@ class PackedBatchRunner:
     @torch.inference_mode()
     def begin(self, chunks: Sequence[Chunk]) -> "PackedPass":
         check(chunks, self)
+        self._check_context(chunks)
         return PackedPass(self, chunks)
+
+    def _check_context(self, chunks: Sequence[Chunk]) -> None:
+        """RoPE's tables go no further."""
+        length = max(chunk.start + len(chunk.ids) for chunk in chunks)
+        if length > self._context:
+            raise TenfoldError(f"{length} positions are more than the context of {self._context}")
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Values beyond the last position have no weight, but no weight times NaN is NaN."""
@@ -108,6 +117,7 @@ class PackedPass:
         tables = np.zeros((len(chunks), max(len(chunk.blocks) for chunk in chunks)), np.int32)
         for row, chunk in zip(tables, chunks, strict=True):
             row[: len(chunk.blocks)] = chunk.blocks
+        assert tables.min() >= 0 and tables.max() < self._runner.num_blocks  # the kernels trust it
         sizes = [len(chunk.ids) for chunk in chunks]
         sequences = np.repeat(np.arange(len(chunks), dtype=np.int32), sizes)
         starts = [
