@@ -83,7 +83,6 @@ class FakeRunner:
     ):
         self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
         self.max_tokens, self.seconds = max_tokens, seconds
-        self.drafter = None
         self.broken: set[int] = set()
         self.passes: list[list[Chunk]] = []
         self.flying: weakref.WeakSet[FakePass] = weakref.WeakSet()
@@ -116,7 +115,7 @@ class FakePass:
             for chunk in self.chunks
             for block in chunk.blocks[chunk.start // size : -(-(chunk.start + len(chunk.ids)) // size)]
         ]
-        self.done, self.states_TD = 0, None
+        self.done = 0
         self.routes: list[Tensor] = []
 
     def advance(self, layers: int | None = None) -> bool:

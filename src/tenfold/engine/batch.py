@@ -26,33 +26,8 @@ class Chunk(NamedTuple):
     """Of the last of these, whose logits are wanted: 0 where a prompt goes on in a later pass."""
 
 
-class Pending(NamedTuple):
-    """What a drafter has not seen yet of one sequence."""
-
-    blocks: Sequence[int]
-    start: int
-    states_SD: Tensor
-    """Of positions start, start + 1, …: a pass's `states_TD`."""
-    next_ids: Sequence[int]
-    """The tokens after each of them."""
-
-
-class Drafter(Protocol):
-    """A part of the model that predicts one token further (`num_nextn_predict_layers`). It has a KV cache of
-    its own in the same blocks, so what is pending of a sequence must come in order."""
-
-    def draft(self, pending: Sequence[Pending]) -> list[int]:
-        """Guesses at the token after the last of each sequence's `next_ids`."""
-        ...
-
-
 class Pass(Protocol):
     """Chunks on their way through the layers."""
-
-    @property
-    def states_TD(self) -> Tensor | None:
-        """Of all tokens, once all layers are done; None where nobody drafts."""
-        ...
 
     @property
     def routes(self) -> Sequence[Tensor]:
@@ -78,9 +53,6 @@ class BatchRunner(Protocol):
     num_blocks: int
     max_tokens: int
     """Of a pass."""
-
-    @property
-    def drafter(self) -> Drafter | None: ...
 
     def begin(self, chunks: Sequence[Chunk]) -> Pass:
         """A pass. Several may be under way, of different sequences, advanced in any order.

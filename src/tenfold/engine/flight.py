@@ -59,8 +59,6 @@ class Landed(NamedTuple):
     logits_NV: Tensor
     experts: Sequence[Experts] | None
     """Of each wanted token, if its request asks for them."""
-    states_SD: Tensor | None
-    """Of all its tokens, where somebody drafts."""
 
 
 class Flight:
@@ -103,13 +101,10 @@ class Flight:
 
     def land(self) -> Iterator[Landed]:
         """Once it is done."""
-        first = start = 0
-        states_TD = self._pass.states_TD
+        end = 0
         for member, experts in zip(self.members, self._experts(), strict=True):
-            end, stop = first + member.chunk.wanted, start + len(member.chunk.ids)
-            states_SD = None if states_TD is None else states_TD[start:stop]
-            yield Landed(member, self._logits_NV[first:end], experts, states_SD)
-            first, start = end, stop
+            start, end = end, end + member.chunk.wanted
+            yield Landed(member, self._logits_NV[start:end], experts)
 
     def _experts(self) -> Iterator[Sequence[Experts] | None]:
         for member, by_layer in zip(self.members, self._routes(), strict=True):

@@ -47,10 +47,6 @@ class PackedBatchRunner:
             block_size=BLOCK_SIZE,
         )
 
-    @property
-    def drafter(self) -> None:
-        """A packed model has left multi-token prediction out."""
-
     def _new_cache(self) -> Tensor:
         """Of keys or values, in the kernels' own layout. Numpy's zeros take memory only as they are used."""
         width = 0 if self.config.is_latent else -(-self.config.head_dim // WIDTH) * WIDTH
@@ -117,10 +113,6 @@ class PackedPass:
         self._kept = tables, sequences, positions
         addresses = (tables.ctypes.data, tables.shape[1], sequences.ctypes.data, positions.ctypes.data)
         self._places = compiled.module().Places(*addresses, self.tokens)
-
-    @property
-    def states_TD(self) -> None:
-        """Nobody drafts."""
 
     @property
     def routes(self) -> Sequence[Tensor]:

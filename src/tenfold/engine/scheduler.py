@@ -1,6 +1,5 @@
 """Which sequences go through the model next: many at once, and none kept waiting by the others for long."""
 
-import time
 from bisect import insort
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -168,7 +167,7 @@ class Scheduler:
             opened = self.blocks.open(seq.ids, seq.prompt_logprobs is None, spare=len(self.active))
             if opened is None:
                 return
-            seq.begin(*opened)
+            seq.table, seq.cached = opened
             meter = seq.job.meter
             if seq.index == 0 and not seq.generated and not meter.queue_seconds:
                 meter.cached_tokens, meter.queue_seconds = seq.cached, seq.job.age
@@ -187,11 +186,8 @@ class Scheduler:
         if not ready:
             return 0.0
         most = self._speculation.wanted(len(ready))
-        start = time.perf_counter()
-        guesses = self._guesses(ready, most) if most else [()] * len(ready)
-        guessing = time.perf_counter() - start
-        chunks = [(seq, seq.chunk(1, self._fitting(seq, g))) for seq, g in zip(ready, guesses, strict=True)]
-        seconds, tokens = self._decode_now(chunks, guessing)
+        chunks = [(seq, seq.chunk(1, self._drafts(seq, most))) for seq in ready]
+        seconds, tokens = self._decode_now(chunks)
         drafted = any(len(chunk.ids) > 1 for _, chunk in chunks)
         self._speculation.learn(len(ready), drafted, tokens, seconds)
         return seconds
@@ -221,27 +217,14 @@ class Scheduler:
         insort(self.waiting, seq, key=_order)
         self.preemptions += 1
 
-    def _guesses(self, ready: Sequence[Seq], most: int) -> list[Sequence[int]]:
-        """How each goes on: as it did before, or else as the model's own drafter says."""
-        found = [seq.look_up.drafts(most) for seq in ready]
-        drafter = self._runner.drafter
-        if drafter is not None and not all(found):
-            asking = [n for n, drafts in enumerate(found) if not drafts]
-            drafted = drafter.draft([ready[n].pending() for n in asking])
-            for n, token in zip(asking, drafted, strict=True):
-                found[n] = [token]
-        return found
-
-    def _fitting(self, seq: Seq, drafts: Sequence[int]) -> Sequence[int]:
-        """As many as it may still generate, if there are blocks for them."""
-        drafts = drafts[: seq.limit - seq.generated - 1]
+    def _drafts(self, seq: Seq, most: int) -> Sequence[int]:
+        drafts = seq.look_up.drafts(min(most, seq.limit - seq.generated - 1))
         assert seq.table is not None
         return drafts if self.blocks.grow(seq.table, len(seq.ids) + len(drafts)) else ()
 
-    def _decode_now(self, chunks: Sequence[tuple[Seq, Chunk]], guessing: float = 0.0) -> tuple[float, int]:
-        """Seconds, those of guessing included, and tokens that came of it."""
+    def _decode_now(self, chunks: Sequence[tuple[Seq, Chunk]]) -> tuple[float, int]:
+        """Seconds, and tokens that came of it."""
         flight = Flight(self._runner, self._weights, chunks)
-        flight.spent.seconds += guessing
         try:
             flight.advance()
         except TenfoldError as error:
@@ -259,12 +242,12 @@ class Scheduler:
     def _land(self, flight: Flight) -> int:
         """Tokens that came of it."""
         tokens = 0
-        for member, logits_NV, experts, states_SD in flight.land():
+        for member, logits_NV, experts in flight.land():
             seq = member.seq
             if not member.stays:
                 continue
             try:
-                piece = seq.take(member.chunk, logits_NV, experts, states_SD)
+                piece = seq.take(member.chunk, logits_NV, experts)
             except TenfoldError as error:
                 self._fail(seq.job, error)
                 continue

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tenfold.engine.batch import Chunk, check
 from tenfold.engine.block_pool import BlockPool, places_of
-from tenfold.engine.mtp_draft import MtpDrafter
 from tenfold.model.decoder_layer import DecoderLayer
 from tenfold.model.transformer import Transformer
 
@@ -27,7 +26,6 @@ class TorchBatchRunner:
         self.num_blocks, self.block_size, self.max_tokens = num_blocks, block_size, max_tokens
         self.device = model.embed_tokens.weight.device
         self.pools = [self.new_pool() for _ in model.layers]
-        self.drafter = MtpDrafter(self) if len(model.mtp) else None
 
     def new_pool(self) -> BlockPool:
         """For one layer."""
@@ -57,7 +55,6 @@ class TorchPass:
         self._wanted_N = torch.tensor(wanted).nonzero().flatten().to(device)
         self._done = 0
         self.routes: Sequence[Tensor] = ()
-        self.states_TD: Tensor | None = None
 
     @torch.inference_mode()
     def advance(self, layers: int | None = None) -> bool:
@@ -71,24 +68,12 @@ class TorchPass:
     def _run(self, n: int) -> None:
         layer, pool = cast(DecoderLayer, self._model.layers[n]), self._runner.pools[n]
         x_1TD = pool.attend(layer, self._x_1TD, self._places, self._windows[n])
-        last = n == len(self._windows) - 1
-        if last and self._runner.drafter is None:
+        if n == len(self._windows) - 1:
             x_1TD = x_1TD[:, self._wanted_N]
         self._x_1TD, aux = layer.feed_forward(x_1TD)
         if aux is not None:
-            ids_TK = aux.expert_ids_TK.int()
-            drafting = last and self._runner.drafter is not None
-            self.routes = (*self.routes, ids_TK[self._wanted_N] if drafting else ids_TK)
-        if last:
-            self._finish(self._model.norm(self._x_1TD[0]))
-
-    def _finish(self, states_TD: Tensor) -> None:
-        """Where nobody drafts, of the wanted tokens alone."""
-        if self._runner.drafter is None:
-            self._states_ND = states_TD
-        else:
-            self.states_TD, self._states_ND = states_TD, states_TD[self._wanted_N]
+            self.routes = (*self.routes, aux.expert_ids_TK.int())
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
-        return self._model.logits(self._states_ND).float()
+        return self._model.logits(self._model.norm(self._x_1TD[0])).float()
