@@ -2,12 +2,15 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import count
 
-from fake_runner import FakeRunner, expected, fake_config, fake_tokenizer
+import pytest
+from fake_runner import FakeRunner, expected, fake_config, fake_tokenizer, logits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenfold.engine.request import Piece, Request, TooLong
+from tenfold.engine.sampler import logprob
 from tenfold.engine.scheduler import Scheduler
 from tenfold.engine.sequence import Job
 from tenfold.errors import TenfoldError
@@ -29,7 +32,7 @@ class Heard:
 class Driver:
     """A scheduler, and what it said."""
 
-    def __init__(self, context: int = 4096, max_sequences: int = 16, **runner: int):
+    def __init__(self, context: int = 4096, max_sequences: int = 16, **runner: float):
         self.runner = FakeRunner(CONFIG, **runner)
         self.scheduler = Scheduler(self.runner, TOKENIZER, context, max_sequences)
         self.heard: defaultdict[Job, defaultdict[int, Heard]] = defaultdict(lambda: defaultdict(Heard))
@@ -37,7 +40,7 @@ class Driver:
         self.pieces: defaultdict[Job, list[Piece]] = defaultdict(list)
 
     def submit(self, prompt: list[int], n: int = 1, **params: object) -> Job:
-        return self.ask(Request(prompt, SamplingParams(**params), n))
+        return self.ask(Request(prompt, SamplingParams(**{"temperature": 0} | params), n))
 
     def ask(self, request: Request) -> Job:
         job = self.scheduler.prepare(request)
@@ -101,7 +104,7 @@ requests = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(
         st.tuples(requests, st.integers(0, 12), st.none() | st.integers(0, 60)), min_size=1, max_size=12
@@ -149,3 +152,175 @@ def test_every_text_is_what_it_is_alone(
         if stays:
             driver.check(job)
         assert not job.unfinished
+
+
+def shorter_first(driver: Driver, short: Job, long: Job) -> bool:
+    while long not in driver.heard:
+        driver.step()
+        if short in driver.heard:
+            return True
+    return False
+
+
+def test_a_short_prompt_goes_past_a_long_one() -> None:
+    """And begins at once: what is under way stops between two layers."""
+    driver = Driver(num_blocks=300, seconds=1e-4)
+    long = driver.submit([1 + n % 40 for n in range(4000)], max_tokens=3)
+    driver.step()
+    short = driver.submit([5, 6, 7], max_tokens=3)
+    assert shorter_first(driver, short, long)
+    sizes = [sum(len(chunk.ids) for chunk in chunks) for chunks in driver.runner.passes]
+    assert sizes[:2] == [512, 3]
+    driver.run()
+    driver.check(short)
+    driver.check(long)
+
+
+def test_short_prompts_without_end_do_not_starve_a_long_one() -> None:
+    driver = Driver(num_blocks=300, seconds=1e-4)
+    long = driver.submit([1 + n % 40 for n in range(1500)], max_tokens=1)
+    for number in range(3000):
+        if long in driver.heard:
+            break
+        driver.submit([1 + number % 40] * (1 + number % 200), max_tokens=1, seed=number)
+        driver.step()
+    assert long in driver.heard
+
+
+def test_streams_go_on_while_a_long_prompt_is_read() -> None:
+    driver = Driver(num_blocks=300)
+    stream = driver.submit([1, 2, 3], max_tokens=400, ignore_eos=True)
+    while stream not in driver.heard:
+        driver.step()
+    long = driver.submit([1 + n % 40 for n in range(4000)], max_tokens=1)
+    before = len(driver.heard[stream][0].tokens)
+    driver.step()
+    while driver.scheduler.active[-1].job is long and long not in driver.heard:
+        driver.step()
+    during = len(driver.heard[stream][0].tokens) - before
+    # At least one token for every piece of the prompt, and mostly one for every few layers of each.
+    assert during >= -(-4000 // 512)
+    driver.run()
+    driver.check(stream)
+
+
+def test_short_prompts_share_a_pass() -> None:
+    driver = Driver()
+    jobs = [driver.submit([n + 1] * 20, max_tokens=5) for n in range(10)]
+    driver.run()
+    assert [len(chunks) for chunks in driver.runner.passes[:2]] == [10, 10]
+    for job in jobs:
+        driver.check(job)
+
+
+def test_the_texts_of_one_prompt_share_its_blocks() -> None:
+    driver = Driver(num_blocks=40, block_size=16)
+    job = driver.submit([1 + n % 40 for n in range(320)], n=5, max_tokens=12, seed=1, ignore_eos=True)
+    most = 0
+    while driver.scheduler.busy:
+        driver.step()
+        most = max(most, driver.scheduler.blocks.used)
+    assert most <= 20 + 5 * 2  # five times 21 would not fit
+    assert driver.scheduler.preemptions == 0
+    driver.check(job)
+
+
+def test_the_youngest_gives_way_and_still_comes_to_its_end() -> None:
+    driver = Driver(num_blocks=8, block_size=4)
+    jobs = [driver.submit([n + 1] * 4, max_tokens=20, ignore_eos=True, seed=n) for n in range(4)]
+    ended: list[Job] = []
+    while driver.scheduler.busy:
+        driver.step()
+        ended += [job for job in jobs if job not in ended and not job.unfinished]
+    assert driver.scheduler.preemptions > 0
+    assert ended == jobs
+    for job in jobs:
+        driver.check(job)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(requests, min_size=1, max_size=6), st.booleans())
+def test_guesses_change_no_token(every: list[dict], seldom: bool) -> None:
+    """With drafts in every step, or in every other: whether they pay is left to the clock elsewhere."""
+    driver = Driver(num_blocks=60, block_size=4)
+    turns = count()
+    driver.scheduler._speculation.wanted = lambda _: 4 * (seldom or next(turns) % 2)  # type: ignore[method-assign]
+    jobs = [driver.submit(**fields | {"prompt": [1, 2, 3, 1, 2, 3] + fields["prompt"]}) for fields in every]
+    driver.run()
+    for job in jobs:
+        driver.check(job)
+
+
+def test_guesses_make_several_tokens_a_step() -> None:
+    driver = Driver()
+    driver.scheduler._speculation.wanted = lambda _: 4  # type: ignore[method-assign]
+    params = {"max_tokens": 300, "ignore_eos": True, "temperature": 0, "logit_bias": {"7": 100.0}}
+    job = driver.submit([7] * 8, **params)
+    driver.run()
+    driver.check(job)
+    assert driver.scheduler.steps < 300 / 4
+    assert job.meter.accepted > 200 and job.meter.drafted >= job.meter.accepted
+    assert job.meter.decode.tokens == 299
+
+
+@pytest.mark.parametrize("beside", [0, 4])
+def test_one_that_fails_takes_nobody_with_it(beside: int) -> None:
+    """In its prompt, and in the middle of its text."""
+    driver = Driver()
+    driver.runner.broken = {290, 44}
+    good = [driver.submit([n + 1] * 9, max_tokens=12, ignore_eos=True) for n in range(beside)]
+    bad = driver.submit([290] * 9)
+    late = driver.submit([9] * 9, max_tokens=12, logit_bias={"44": 100.0})
+    driver.run()
+    assert set(driver.errors) == {bad, late}
+    assert "expert 3 of layer 1" in str(driver.errors[late])
+    assert driver.heard[late][0].tokens == [44]
+    for job in good:
+        driver.check(job)
+
+
+def test_a_prompts_logprobs_are_told_once_whatever_happens() -> None:
+    """In pieces, with a known beginning, and computed twice."""
+    driver = Driver(num_blocks=12, block_size=4, max_tokens=8)
+    prompt = [1 + n * n % 40 for n in range(30)]
+    older = driver.submit([3, 4, 5], max_tokens=30, ignore_eos=True)
+    driver.step()
+    for _ in range(2):
+        job = driver.ask(Request(prompt, SamplingParams(max_tokens=8, ignore_eos=True, seed=4), 2, 1, 2))
+        driver.run()
+        driver.check(job)
+        told = [piece.prompt for piece in driver.pieces[job] if piece.prompt is not None]
+        assert len(told) == 1 and driver.pieces[job][0].prompt is told[0]
+        assert told[0][0] is None and [one.token for one in told[0][1:]] == prompt[1:]
+        for position, one in enumerate(told[0][1:], 1):
+            wanted = logprob(logits_of(prompt[:position], CONFIG.vocab_size), prompt[position], 2)
+            assert one.logprob == pytest.approx(wanted.logprob) and len(one.top) == 2
+    driver.check(older)
+
+
+def test_routes_and_costs_of_each_token() -> None:
+    driver = Driver()
+    jobs = [
+        driver.ask(Request([n + 1] * 30, SamplingParams(max_tokens=9, ignore_eos=True), routes=True))
+        for n in range(3)
+    ]
+    driver.run()
+    for job in jobs:
+        tokens = [token for piece in driver.pieces[job] for token in piece.tokens]
+        before = [job.request.prompt_ids[-1], *(token.id for token in tokens)]
+        assert [token.experts for token in tokens] == [[[id_ % 8, -1]] * 2 for id_ in before[:-1]]
+        used = {token % 8 for token in (*job.request.prompt_ids, *before[:-1])}
+        assert job.meter.distinct_experts == 2 * len(used)
+        assert (job.meter.prompt.tokens, job.meter.decode.tokens) == (30, 8)
+    hits = sum(costs.hits for job in jobs for costs in (job.meter.prompt, job.meter.decode))
+    assert hits == pytest.approx(driver.scheduler.hits) and hits > 0
+
+
+def test_drafts_are_kept_to_what_a_pass_holds() -> None:
+    driver = Driver(max_tokens=8, max_sequences=8)
+    driver.scheduler._speculation.wanted = lambda _: 4  # type: ignore[method-assign]
+    params = {"max_tokens": 20, "ignore_eos": True, "logit_bias": {"7": 100.0}}
+    jobs = [driver.submit([7] * 5, **params) for _ in range(8)]
+    driver.run()
+    for job in jobs:
+        driver.check(job)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tenfold.engine.batch import BatchRunner, Chunk
+from tenfold.engine.batch import BatchRunner, Chunk, Pass
 from tenfold.engine.blocks import Table
 from tenfold.engine.expert_store import ExpertStore
 from tenfold.engine.reading import Reading
@@ -75,8 +75,8 @@ class Flight:
         self.debt = 0.0
         """Seconds that others were let past it, which it may have now."""
         self._layers = 0
-        with _Clock(self.spent, weights.store):
-            self._pass = runner.begin([chunk for _, chunk in chunks])
+        self._runner = runner
+        self._pass: Pass | None = None
 
     @property
     def empty(self) -> bool:
@@ -88,6 +88,8 @@ class Flight:
     def advance(self, layers: int | None = None) -> bool:
         """As `Pass.advance`."""
         with _Clock(self.spent, self._weights.store):
+            if self._pass is None:
+                self._pass = self._runner.begin([member.chunk for member in self.members])
             done = self._pass.advance(layers)
             if done:
                 self._logits_NV = self._pass.logits().cpu()
@@ -110,13 +112,13 @@ class Flight:
         for member, by_layer in zip(self.members, self._routes(), strict=True):
             wanted = member.chunk.wanted
             if wanted and member.seq.job.request.routes:
-                yield list(zip(*(routes[-wanted:].tolist() for routes in by_layer), strict=True))
+                yield [[routes[row - wanted].tolist() for routes in by_layer] for row in range(wanted)]
             else:
                 yield None
 
     def _routes(self) -> Iterator[list[NDArray[np.int32]]]:
         """Of each member, what the sparse layers chose so far: (T, K), or (wanted, K) of the last of all."""
-        every = [routes_TK.numpy(force=True) for routes_TK in self._pass.routes]
+        every = [routes_TK.numpy(force=True) for routes_TK in (self._pass.routes if self._pass else ())]
         to_last = self._sparse[len(every) - 1 :] == [self._config.num_hidden_layers - 1]
         last = len(every) - 1 if to_last else None
         start = first = 0

@@ -135,7 +135,3 @@ class LLM:
                         raise news
                     results[job][news.index].add(news)
                     progress.advance(task, news.finish_reason is not None)
-
-
-def _empty_results(job: Job) -> list[Result]:
-    return [Result(job.request.prompt_ids, meter=job.meter) for _ in range(job.request.n)]

@@ -185,7 +185,8 @@ class Scheduler:
         ]
         if not ready:
             return 0.0
-        most = self._speculation.wanted(len(ready))
+        room = self._runner.max_tokens // len(ready) - 1
+        most = min(room, self._speculation.wanted(len(ready)))
         chunks = [(seq, seq.chunk(1, self._drafts(seq, most))) for seq in ready]
         seconds, tokens = self._decode_now(chunks)
         drafted = any(len(chunk.ids) > 1 for _, chunk in chunks)
@@ -248,8 +249,8 @@ class Scheduler:
                 continue
             try:
                 piece = seq.take(member.chunk, logits_NV, experts)
-            except TenfoldError as error:
-                self._fail(seq.job, error)
+            except TenfoldError as error:  # logits that are none
+                self._fail(seq.job, Stopped(str(error)))
                 continue
             self.blocks.keep(member.table, seq.ids, seq.cached)
             if piece is not None:

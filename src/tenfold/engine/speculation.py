@@ -23,11 +23,16 @@ class LookUp:
         self._seen = NGRAM
 
     def drafts(self, most: int) -> Sequence[int]:
+        if not most:
+            return []
         for end in range(self._seen, len(self._ids)):
             self._next[tuple(self._ids[end - NGRAM : end])] = end
         self._seen = max(self._seen, len(self._ids))
         at = self._next.get(tuple(self._ids[-NGRAM:]))
-        return [] if at is None else self._ids[at : at + most]
+        if at is None:
+            return []
+        turn = self._ids[at : at + most]  # where that is short, the text goes round
+        return [turn[n % len(turn)] for n in range(most)]
 
 
 @dataclass
