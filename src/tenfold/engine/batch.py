@@ -26,6 +26,17 @@ class Chunk(NamedTuple):
     """Of the last of these, whose logits are wanted: 0 where a prompt goes on in a later pass."""
 
 
+class Outcome(NamedTuple):
+    """What became of a chunk, now that the token after it is known."""
+
+    kept: int
+    """Of its tokens, the first that the text has: the rest were wrong guesses. 0 where the text has ended."""
+    next_id: int
+    """The token after those: chosen, or the prompt's next. Of no use where none is kept."""
+    guess: bool
+    """Whether a guess is wanted at the token after `next_id`."""
+
+
 class Pass(Protocol):
     """Chunks on their way through the layers."""
 
@@ -41,6 +52,14 @@ class Pass(Protocol):
 
     def logits(self) -> Tensor:
         """(N, V) float32, of the wanted tokens in the order of the chunks. Only once all layers are done."""
+        ...
+
+    def draft(self, outcomes: Sequence[Outcome]) -> Sequence[int | None]:
+        """Guesses by the model's own multi-token prediction, where they are wanted; None where it has none.
+
+        To be called once, an outcome a chunk, as soon as those are known and even where no guess is wanted:
+        what predicts has a cache of its own in the blocks, which this brings up to date.
+        """
         ...
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tenfold import compiled
 from tenfold.device import keep_freed_memory
-from tenfold.engine.batch import Chunk, check
+from tenfold.engine.batch import Chunk, Outcome, check
 from tenfold.engine.block_pool import BlockPool, places_of
 from tenfold.engine.latent import latent_layer
 from tenfold.engine.native_layers import NativeLayers
@@ -159,3 +159,7 @@ class PackedPass:
     @torch.inference_mode()
     def logits(self) -> Tensor:
         return self._runner.logits(self.x_ND)
+
+    def draft(self, outcomes: Sequence[Outcome]) -> Sequence[int | None]:
+        """A packed model has left multi-token prediction out."""
+        return [None] * len(outcomes)

@@ -1,5 +1,6 @@
 """Which sequences go through the model next: many at once, and none kept waiting by the others for long."""
 
+import time
 from bisect import insort
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -61,6 +62,8 @@ class Scheduler:
         """Both in order of arrival."""
         self._flights: list[Flight] = []
         """Of prompts. The last one goes on; those before it let it past."""
+        self._landed: list[Flight] = []
+        """Since the last guesses."""
         self._longest_had_turn = False
         self.steps = self.step_tokens = self.preemptions = 0
         self.hits = self.misses = self.disk_bytes = 0.0
@@ -183,12 +186,13 @@ class Scheduler:
             # One before it in the list may have taken its blocks.
             if seq.decoding and self._make_room(seq)
         ]
+        start = time.perf_counter()
+        guesses = self._guesses(ready)
         if not ready:
             return 0.0
-        room = self._runner.max_tokens // len(ready) - 1
-        most = min(room, self._speculation.wanted(len(ready)))
-        chunks = [(seq, seq.chunk(1, self._drafts(seq, most))) for seq in ready]
-        seconds, tokens = self._decode_now(chunks)
+        guessing = time.perf_counter() - start
+        chunks = [(seq, seq.chunk(1, self._fitting(seq, guesses[seq]))) for seq in ready]
+        seconds, tokens = self._decode_now(chunks, guessing)
         drafted = any(len(chunk.ids) > 1 for _, chunk in chunks)
         self._speculation.learn(len(ready), drafted, tokens, seconds)
         return seconds
@@ -218,14 +222,27 @@ class Scheduler:
         insort(self.waiting, seq, key=_order)
         self.preemptions += 1
 
-    def _drafts(self, seq: Seq, most: int) -> Sequence[int]:
-        drafts = seq.look_up.drafts(min(most, seq.limit - seq.generated - 1))
+    def _guesses(self, ready: Sequence[Seq]) -> dict[Seq, Sequence[int]]:
+        """How each goes on: as it did before, or else as the model predicts."""
+        room = self._runner.max_tokens // max(1, len(ready)) - 1
+        most = min(room, self._speculation.wanted(len(ready)))
+        found: dict[Seq, Sequence[int]] = {seq: seq.look_up.drafts(most) for seq in ready}
+        asking = {seq for seq in ready if most and not found[seq]}
+        landed, self._landed = self._landed, []
+        for flight in landed:  # also where nobody asks: the model has to see what came of each
+            found |= {seq: [guess] for seq, guess in flight.draft(asking).items()}
+        return found
+
+    def _fitting(self, seq: Seq, drafts: Sequence[int]) -> Sequence[int]:
+        """As many as it may still generate, if there are blocks for them."""
+        drafts = drafts[: seq.limit - seq.generated - 1]
         assert seq.table is not None
         return drafts if self.blocks.grow(seq.table, len(seq.ids) + len(drafts)) else ()
 
-    def _decode_now(self, chunks: Sequence[tuple[Seq, Chunk]]) -> tuple[float, int]:
-        """Seconds, and tokens that came of it."""
+    def _decode_now(self, chunks: Sequence[tuple[Seq, Chunk]], guessing: float = 0.0) -> tuple[float, int]:
+        """Seconds, those of guessing included, and tokens that came of it."""
         flight = Flight(self._runner, self._weights, chunks)
+        flight.spent.seconds += guessing
         try:
             flight.advance()
         except TenfoldError as error:
@@ -256,6 +273,8 @@ class Scheduler:
             if piece is not None:
                 tokens += len(piece.tokens)
                 self._tell(seq, piece)
+        if not flight.empty:
+            self._landed.append(flight)
         return tokens
 
     def _tell(self, seq: Seq, piece: Piece) -> None:

@@ -28,6 +28,11 @@ class MultiTokenPrediction(nn.Module):
     def forward(
         self, hidden_BSD: Tensor, next_embedding_BSD: Tensor, place: Place
     ) -> tuple[Tensor, RouterAux | None]:
-        both = torch.cat((self.enorm(next_embedding_BSD), self.hnorm(hidden_BSD)), dim=-1)
-        out_BSD, aux = self.layer(self.eh_proj(both), place, None)
+        out_BSD, aux = self.layer(self.combine(hidden_BSD, next_embedding_BSD), place, None)
         return self.norm(out_BSD), aux
+
+    def combine(self, hidden_BSD: Tensor, next_embedding_BSD: Tensor) -> Tensor:
+        """What the layer takes."""
+        both = torch.cat((self.enorm(next_embedding_BSD), self.hnorm(hidden_BSD)), dim=-1)
+        combined_BSD: Tensor = self.eh_proj(both)
+        return combined_BSD
