@@ -15,7 +15,7 @@ from torch import Tensor
 from tenfold.chat_template import ChatTemplate
 from tenfold.config import ModelConfig
 from tenfold.engine.async_engine import AsyncLLM
-from tenfold.engine.batch import Chunk
+from tenfold.engine.batch import Chunk, Outcome
 from tenfold.engine.sampler import Sampler
 from tenfold.errors import TenfoldError
 from tenfold.sampling import SamplingParams
@@ -83,7 +83,6 @@ class FakeRunner:
     ):
         self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
         self.max_tokens, self.seconds = max_tokens, seconds
-        self.drafter = None
         self.broken: set[int] = set()
         self.passes: list[list[Chunk]] = []
         self.flying: weakref.WeakSet[FakePass] = weakref.WeakSet()
@@ -116,7 +115,7 @@ class FakePass:
             for chunk in self.chunks
             for block in chunk.blocks[chunk.start // size : -(-(chunk.start + len(chunk.ids)) // size)]
         ]
-        self.done, self.states_TD = 0, None
+        self.done = 0
         self.routes: list[Tensor] = []
 
     def advance(self, layers: int | None = None) -> bool:
@@ -156,6 +155,13 @@ class FakePass:
             for end in range(chunk.start + len(chunk.ids) - chunk.wanted, chunk.start + len(chunk.ids))
         ]
         return torch.stack(rows) if rows else torch.empty(0, self.runner.config.vocab_size)
+
+    def draft(self, outcomes: Sequence[Outcome]) -> Sequence[int | None]:
+        """That the token comes again."""
+        for chunk, outcome in zip(self.chunks, outcomes, strict=True):
+            assert 0 <= outcome.kept <= len(chunk.ids)
+            assert not outcome.guess or outcome.kept
+        return [outcome.next_id if outcome.guess else None for outcome in outcomes]
 
     def row(self, chunk: Chunk, last: int) -> Tensor:
         """After the token at position `last`: of what every layer's cache says was there."""

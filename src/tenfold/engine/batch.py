@@ -29,33 +29,19 @@ class Chunk(NamedTuple):
     """Of the last of these, whose logits are wanted: 0 where a prompt goes on in a later pass."""
 
 
-class Pending(NamedTuple):
-    """What a drafter has not seen yet of one sequence."""
+class Outcome(NamedTuple):
+    """What became of a chunk, now that the token after it is known."""
 
-    blocks: Sequence[int]
-    start: int
-    states_SD: Tensor
-    """Of positions start, start + 1, …: a pass's `states_TD`."""
-    next_ids: Sequence[int]
-    """The tokens after each of them."""
-
-
-class Drafter(Protocol):
-    """A part of the model that predicts one token further (`num_nextn_predict_layers`). It has a KV cache of
-    its own in the same blocks, so what is pending of a sequence must come in order."""
-
-    def draft(self, pending: Sequence[Pending]) -> list[int]:
-        """Guesses at the token after the last of each sequence's `next_ids`."""
-        ...
+    kept: int
+    """Of its tokens, the first that the text has: the rest were wrong guesses. 0 where the text has ended."""
+    next_id: int
+    """The token after those: chosen, or the prompt's next. Of no use where none is kept."""
+    guess: bool
+    """Whether a guess is wanted at the token after `next_id`."""
 
 
 class Pass(Protocol):
     """Chunks on their way through the layers."""
-
-    @property
-    def states_TD(self) -> Tensor | None:
-        """Of all tokens, once all layers are done; None where nobody drafts."""
-        ...
 
     @property
     def routes(self) -> Sequence[Tensor]:
@@ -71,6 +57,14 @@ class Pass(Protocol):
         """(N, V) float32, of the wanted tokens in the order of the chunks. Only once all layers are done."""
         ...
 
+    def draft(self, outcomes: Sequence[Outcome]) -> Sequence[int | None]:
+        """Guesses by the model's own multi-token prediction, where they are wanted; None where it has none.
+
+        To be called once, an outcome a chunk, as soon as those are known and even where no guess is wanted:
+        what predicts has a cache of its own in the blocks, which this brings up to date.
+        """
+        ...
+
 
 class BatchRunner(Protocol):
     """A model, with the blocks of its KV cache."""
@@ -81,9 +75,6 @@ class BatchRunner(Protocol):
     num_blocks: int
     max_tokens: int
     """Of a pass."""
-
-    @property
-    def drafter(self) -> Drafter | None: ...
 
     def begin(self, chunks: Sequence[Chunk]) -> Pass:
         """A pass. Several may be under way, of different sequences, advanced in any order.

@@ -62,13 +62,23 @@ class BlockPool:
 
     def attend(self, layer: DecoderLayer, x_1TD: Tensor, places: Places, window: int | None) -> Tensor:
         """The attention half of `layer`, over this pool: new tokens are written to it first."""
+        return self.read(layer, x_1TD, self.write(layer, x_1TD, places), places, window)
+
+    def read(
+        self, layer: DecoderLayer, x_1TD: Tensor, query: Tensor, places: Places, window: int | None
+    ) -> Tensor:
+        """The rest of `attend`, for tokens that were written: `query` (1, H, T, width) is theirs."""
         attention = layer.self_attn
-        query, key, value = attention.project(layer.input_layernorm(x_1TD), places.cos, places.sin)
-        self._key.index_copy_(1, places.slots_T, key[0])
-        self._value.index_copy_(1, places.slots_T, value[0])
         parts = [self._part(attention, query[0], group, group.views[window]) for group in places.groups]
         out = torch.cat(parts)[places.order_T].transpose(0, 1)
         return layer.add(x_1TD, attention.output(out[None]))
+
+    def write(self, layer: DecoderLayer, x_1TD: Tensor, places: Places) -> Tensor:
+        """The beginning of `attend`: keys and values of new tokens. Returns their `query`."""
+        query, key, value = layer.self_attn.project(layer.input_layernorm(x_1TD), places.cos, places.sin)
+        self._key.index_copy_(1, places.slots_T, key[0])
+        self._value.index_copy_(1, places.slots_T, value[0])
+        return query
 
     def _part(self, attention: BaseAttention, query_HTw: Tensor, group: Group, view: View) -> Tensor:
         """(B * S, H, value width)"""

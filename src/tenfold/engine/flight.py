@@ -1,14 +1,14 @@
 """A pass through the model that is under way: who is in it, what it has cost, and what comes of it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tenfold.engine.batch import BatchRunner, Chunk, Pass
+from tenfold.engine.batch import BatchRunner, Chunk, Outcome, Pass
 from tenfold.engine.blocks import Table
 from tenfold.engine.expert_store import ExpertStore
 from tenfold.engine.reading import Reading
@@ -59,8 +59,6 @@ class Landed(NamedTuple):
     logits_NV: Tensor
     experts: Sequence[Experts] | None
     """Of each wanted token, if its request asks for them."""
-    states_SD: Tensor | None
-    """Of all its tokens, where somebody drafts."""
 
 
 class Flight:
@@ -94,7 +92,7 @@ class Flight:
                 self._pass = self._runner.begin([member.chunk for member in self.members])
             done = self._pass.advance(layers)
             if done:
-                self._logits_NV, self._states_TD = self._pass.logits().cpu(), self._pass.states_TD
+                self._logits_NV = self._pass.logits().cpu()
         self._layers = self._config.num_hidden_layers if layers is None else self._layers + layers
         return done
 
@@ -105,13 +103,23 @@ class Flight:
 
     def land(self) -> Iterator[Landed]:
         """Once it is done."""
-        first = start = 0
-        states_TD = self._states_TD
+        end = 0
         for member, experts in zip(self.members, self._experts(), strict=True):
-            end, stop = first + member.chunk.wanted, start + len(member.chunk.ids)
-            states_SD = None if states_TD is None else states_TD[start:stop]
-            yield Landed(member, self._logits_NV[first:end], experts, states_SD)
-            first, start = end, stop
+            start, end = end, end + member.chunk.wanted
+            yield Landed(member, self._logits_NV[start:end], experts)
+
+    def draft(self, asking: Collection[Seq]) -> dict[Seq, int]:
+        """Once it has landed, before its sequences go on: how these do, as the model guesses."""
+        assert self._pass is not None
+        outcomes = [
+            Outcome(seq.cached - chunk.start, seq.ids[seq.cached], seq in asking)
+            if member.stays
+            else Outcome(0, 0, False)
+            for member in self.members
+            for seq, chunk in [(member.seq, member.chunk)]
+        ]
+        guesses = zip(self.members, self._pass.draft(outcomes), strict=True)
+        return {member.seq: guess for member, guess in guesses if guess is not None}
 
     def _experts(self) -> Iterator[Sequence[Experts] | None]:
         for member, by_layer in zip(self.members, self._routes(), strict=True):

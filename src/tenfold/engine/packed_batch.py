@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tenfold import compiled
 from tenfold.device import keep_freed_memory
-from tenfold.engine.batch import Chunk, check
+from tenfold.engine.batch import Chunk, Outcome, check
 from tenfold.engine.block_pool import BlockPool, places_of
 from tenfold.engine.latent import latent_layer
 from tenfold.engine.native_layers import NativeLayers
@@ -48,10 +48,6 @@ class PackedBatchRunner:
             values=[cache.data_ptr() for cache in self._values],
             block_size=BLOCK_SIZE,
         )
-
-    @property
-    def drafter(self) -> None:
-        """A packed model has left multi-token prediction out."""
 
     def _new_cache(self) -> Tensor:
         """Of keys or values, in the kernels' own layout. Numpy's zeros take memory only as they are used."""
@@ -129,10 +125,6 @@ class PackedPass:
         self._places = compiled.module().Places(*addresses, self.tokens)
 
     @property
-    def states_TD(self) -> None:
-        """Nobody drafts."""
-
-    @property
     def routes(self) -> Sequence[Tensor]:
         sparse = self._config.sparse_layers
         chosen = [self._chosen[n] for n in sparse if n + 1 < self.done]
@@ -177,3 +169,7 @@ class PackedPass:
     @torch.inference_mode()
     def logits(self) -> Tensor:
         return self._runner.logits(self.x_ND)
+
+    def draft(self, outcomes: Sequence[Outcome]) -> Sequence[int | None]:
+        """A packed model has left multi-token prediction out."""
+        return [None] * len(outcomes)

@@ -9,7 +9,7 @@ from itertools import count
 import torch
 
 from tenfold.device import one_torch_thread
-from tenfold.engine.batch import LOGITS_BYTES, BatchRunner, Chunk
+from tenfold.engine.batch import BatchRunner, Chunk
 from tenfold.engine.blocks import Blocks
 from tenfold.engine.constraint import Matcher, compile_constraint
 from tenfold.engine.flight import Flight, Weights
@@ -24,6 +24,8 @@ from tenfold.tokenizer import Tokenizer
 
 PIECE = 512
 """Tokens of prompts that go through the layers at once. Prompts that are longer are cut at its multiples."""
+LOGITS_BYTES = 32 << 20
+"""For the logits of all tokens of a prompt, where they are asked for: cuts such prompts shorter."""
 BREATH = 0.05
 """Seconds for which a prompt goes on, if nobody decodes, before anybody else is heard."""
 
@@ -60,6 +62,8 @@ class Scheduler:
         """Both in order of arrival."""
         self._flights: list[Flight] = []
         """Of prompts. The last one goes on; those before it let it past."""
+        self._landed: list[Flight] = []
+        """Since the last guesses."""
         self._longest_had_turn = False
         self.steps = self.step_tokens = self.preemptions = 0
         self.hits = self.misses = self.disk_bytes = 0.0
@@ -166,7 +170,7 @@ class Scheduler:
             opened = self.blocks.open(seq.ids, seq.prompt_logprobs is None, spare=len(self.active))
             if opened is None:
                 return
-            seq.begin(*opened)
+            seq.table, seq.cached = opened
             meter = seq.job.meter
             if seq.index == 0 and not seq.generated and not meter.queue_seconds:
                 meter.cached_tokens, meter.queue_seconds = seq.cached, seq.job.age
@@ -182,14 +186,12 @@ class Scheduler:
             # One before it in the list may have taken its blocks.
             if seq.decoding and self._make_room(seq)
         ]
+        start = time.perf_counter()
+        guesses = self._guesses(ready)
         if not ready:
             return 0.0
-        room = self._runner.max_tokens // len(ready) - 1
-        most = min(room, self._speculation.wanted(len(ready)))
-        start = time.perf_counter()
-        guesses = self._guesses(ready, most) if most else [()] * len(ready)
         guessing = time.perf_counter() - start
-        chunks = [(seq, seq.chunk(1, self._fitting(seq, g))) for seq, g in zip(ready, guesses, strict=True)]
+        chunks = [(seq, seq.chunk(1, self._fitting(seq, guesses[seq]))) for seq in ready]
         seconds, tokens = self._decode_now(chunks, guessing)
         drafted = any(len(chunk.ids) > 1 for _, chunk in chunks)
         self._speculation.learn(len(ready), drafted, tokens, seconds)
@@ -220,15 +222,15 @@ class Scheduler:
         insort(self.waiting, seq, key=_order)
         self.preemptions += 1
 
-    def _guesses(self, ready: Sequence[Seq], most: int) -> list[Sequence[int]]:
-        """How each goes on: as it did before, or else as the model's own drafter says."""
-        found = [seq.look_up.drafts(most) for seq in ready]
-        drafter = self._runner.drafter
-        if drafter is not None and not all(found):
-            asking = [n for n, drafts in enumerate(found) if not drafts]
-            drafted = drafter.draft([ready[n].pending() for n in asking])
-            for n, token in zip(asking, drafted, strict=True):
-                found[n] = [token]
+    def _guesses(self, ready: Sequence[Seq]) -> dict[Seq, Sequence[int]]:
+        """How each goes on: as it did before, or else as the model predicts."""
+        room = self._runner.max_tokens // max(1, len(ready)) - 1
+        most = min(room, self._speculation.wanted(len(ready)))
+        found: dict[Seq, Sequence[int]] = {seq: seq.look_up.drafts(most) for seq in ready}
+        asking = {seq for seq in ready if most and not found[seq]}
+        landed, self._landed = self._landed, []
+        for flight in landed:  # also where nobody asks: the model has to see what came of each
+            found |= {seq: [guess] for seq, guess in flight.draft(asking).items()}
         return found
 
     def _fitting(self, seq: Seq, drafts: Sequence[int]) -> Sequence[int]:
@@ -258,12 +260,12 @@ class Scheduler:
     def _land(self, flight: Flight) -> int:
         """Tokens that came of it."""
         tokens = 0
-        for member, logits_NV, experts, states_SD in flight.land():
+        for member, logits_NV, experts in flight.land():
             seq = member.seq
             if not member.stays:
                 continue
             try:
-                piece = seq.take(member.chunk, logits_NV, experts, states_SD)
+                piece = seq.take(member.chunk, logits_NV, experts)
             except TenfoldError as error:  # logits that are none
                 self._fail(seq.job, Stopped(str(error)))
                 continue
@@ -271,6 +273,8 @@ class Scheduler:
             if piece is not None:
                 tokens += len(piece.tokens)
                 self._tell(seq, piece)
+        if not flight.empty:
+            self._landed.append(flight)
         return tokens
 
     def _tell(self, seq: Seq, piece: Piece) -> None:

@@ -4,10 +4,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from tenfold.engine.batch import Chunk, Pending
+from tenfold.engine.batch import Chunk
 from tenfold.engine.blocks import Table
 from tenfold.engine.constraint import Matcher
 from tenfold.engine.request import Costs, FinishReason, Logprob, Meter, Piece, Request, Token
@@ -63,9 +62,6 @@ class Seq:
         """How many of `ids` are in the cache."""
         self.table: Table | None = None
         self.look_up = LookUp(self.ids)
-        self._states: list[Tensor] = []
-        self._drafted = 0
-        """Positions that a drafter has seen; `_states` are of those after."""
         self._reset_prompt(self.index == 0 and job.request.prompt_logprobs is not None)
 
     def _reset_prompt(self, wanted: bool) -> None:
@@ -90,11 +86,6 @@ class Seq:
         """What its next chunk adds to."""
         return self.job.meter.decode if self.decoding else self.job.meter.prompt
 
-    def begin(self, table: Table, cached: int) -> None:
-        """Its cache is there, and holds some of it already."""
-        self.table, self.cached = table, cached
-        self._states, self._drafted = [], cached
-
     def begin_again(self) -> None:
         """Its cache is lost."""
         self.table, self.cached = None, 0
@@ -109,22 +100,8 @@ class Seq:
             wanted = len(own)
         return Chunk(self.table.blocks, self.cached, [*own, *drafts], wanted)
 
-    def pending(self) -> Pending:
-        """What a drafter has to see to guess on; it then has seen it. Only while decoding."""
-        assert self.table is not None
-        start, self._drafted = self._drafted, self.cached
-        states_SD, self._states = torch.cat(self._states), []
-        return Pending(self.table.blocks, start, states_SD, self.ids[start + 1 : self.cached + 1])
-
-    def take(
-        self,
-        chunk: Chunk,
-        logits_NV: Tensor,
-        experts: Sequence[Experts] | None = None,
-        states_SD: Tensor | None = None,
-    ) -> Piece | None:
-        """What came of a chunk; None where its prompt goes on. `experts` are of each wanted token, states
-        of all.
+    def take(self, chunk: Chunk, logits_NV: Tensor, experts: Sequence[Experts] | None) -> Piece | None:
+        """What came of a chunk; None where its prompt goes on. `experts` are of each wanted token.
 
         Drafts change nothing but speed: the sampler draws as it would have without them, one token after
         another, and goes on while it draws what was guessed. Raises what the sampler does.
@@ -135,7 +112,6 @@ class Seq:
         drafts = chunk.ids[len(chunk.ids) - max(0, end - len(self.ids)) :] if end > len(self.ids) else ()
         self.cached = end - len(drafts)
         if self.remaining:
-            self._keep(chunk, states_SD)
             return None
         first = len(logits_NV) - 1 - len(drafts)
         piece, tokens = Piece(self.index, "", ()), []
@@ -156,12 +132,7 @@ class Seq:
             self.job.meter.decode.tokens += 1
         piece.tokens, piece.prompt = tokens, self.prompt_logprobs
         self._reset_prompt(False)
-        self._keep(chunk, states_SD)
         return piece
-
-    def _keep(self, chunk: Chunk, states_SD: Tensor | None) -> None:
-        if states_SD is not None:
-            self._states.append(states_SD[: self.cached - chunk.start])
 
     def _add(self, token: int, piece: Piece) -> None:
         self.ids.append(token)

@@ -10,9 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tenfold.engine.batch import Chunk, check
+from tenfold.engine.batch import Chunk, Outcome, check
 from tenfold.engine.block_pool import BlockPool, places_of
-from tenfold.engine.mtp_draft import MtpDrafter
+from tenfold.engine.mtp_draft import MTPDrafter
 from tenfold.model.decoder_layer import DecoderLayer
 from tenfold.model.transformer import Transformer
 
@@ -27,7 +27,7 @@ class TorchBatchRunner:
         self.num_blocks, self.block_size, self.max_tokens = num_blocks, block_size, max_tokens
         self.device = model.embed_tokens.weight.device
         self.pools = [self.new_pool() for _ in model.layers]
-        self.drafter = MtpDrafter(self) if len(model.mtp) else None
+        self.drafter = MTPDrafter(self) if model.mtp else None
 
     def new_pool(self) -> BlockPool:
         """For one layer."""
@@ -47,17 +47,21 @@ class TorchPass:
     """A `Pass`."""
 
     def __init__(self, runner: TorchBatchRunner, chunks: Sequence[Chunk]):
-        self._runner, self._model = runner, runner.model
+        self._chunks, self._runner, self._model = chunks, runner, runner.model
         config, device = runner.config, runner.device
         self._windows = [config.window(n) for n in range(config.num_hidden_layers)]
         self._places = places_of(chunks, config, runner.block_size, set(self._windows), device)
         ids = [token for chunk in chunks for token in chunk.ids]
         self._x_1TD = self._model.embed(torch.tensor([ids]).to(device))
         wanted = [n >= len(chunk.ids) - chunk.wanted for chunk in chunks for n in range(len(chunk.ids))]
-        self._wanted_N = torch.tensor(wanted).nonzero().flatten().to(device)
+        wanted_N = torch.tensor(wanted).nonzero().flatten().to(device)
+        every_T = torch.arange(len(ids), device=device)
+        # Of all tokens, those that go through the last feed-forward: a drafter looks at every state.
+        self._through = every_T if runner.drafter else wanted_N
+        # Of those, the ones that are wanted.
+        self._wanted_N = wanted_N if runner.drafter else every_T[: len(wanted_N)]
         self._done = 0
         self.routes: Sequence[Tensor] = ()
-        self.states_TD: Tensor | None = None
 
     @torch.inference_mode()
     def advance(self, layers: int | None = None) -> bool:
@@ -71,24 +75,18 @@ class TorchPass:
     def _run(self, n: int) -> None:
         layer, pool = cast(DecoderLayer, self._model.layers[n]), self._runner.pools[n]
         x_1TD = pool.attend(layer, self._x_1TD, self._places, self._windows[n])
-        last = n == len(self._windows) - 1
-        if last and self._runner.drafter is None:
-            x_1TD = x_1TD[:, self._wanted_N]
-        self._x_1TD, aux = layer.feed_forward(x_1TD)
+        is_last = n == len(self._windows) - 1
+        self._x_1TD, aux = layer.feed_forward(x_1TD[:, self._through] if is_last else x_1TD)
         if aux is not None:
             ids_TK = aux.expert_ids_TK.int()
-            drafting = last and self._runner.drafter is not None
-            self.routes = (*self.routes, ids_TK[self._wanted_N] if drafting else ids_TK)
-        if last:
-            self._finish(self._model.norm(self._x_1TD[0]))
-
-    def _finish(self, states_TD: Tensor) -> None:
-        """Where nobody drafts, of the wanted tokens alone."""
-        if self._runner.drafter is None:
-            self._states_ND = states_TD
-        else:
-            self.states_TD, self._states_ND = states_TD, states_TD[self._wanted_N]
+            self.routes = (*self.routes, ids_TK[self._wanted_N] if is_last else ids_TK)
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
-        return self._model.logits(self._states_ND).float()
+        return self._model.logits(self._model.norm(self._x_1TD[0, self._wanted_N])).float()
+
+    @torch.inference_mode()
+    def draft(self, outcomes: Sequence[Outcome]) -> Sequence[int | None]:
+        if self._runner.drafter is None:
+            return [None] * len(outcomes)
+        return self._runner.drafter.draft(self._chunks, outcomes, self._model.norm(self._x_1TD))

@@ -28,11 +28,11 @@ class MultiTokenPrediction(nn.Module):
     def forward(
         self, hidden_BSD: Tensor, next_embedding_BSD: Tensor, place: Place
     ) -> tuple[Tensor, RouterAux | None]:
-        out_BSD, aux = self.layer(self.enter(hidden_BSD, next_embedding_BSD), place, None)
+        out_BSD, aux = self.layer(self.combine(hidden_BSD, next_embedding_BSD), place, None)
         return self.norm(out_BSD), aux
 
-    def enter(self, hidden_BSD: Tensor, next_embedding_BSD: Tensor) -> Tensor:
-        """What its layer takes."""
+    def combine(self, hidden_BSD: Tensor, next_embedding_BSD: Tensor) -> Tensor:
+        """What the layer takes."""
         both = torch.cat((self.enorm(next_embedding_BSD), self.hnorm(hidden_BSD)), dim=-1)
-        x_BSD: Tensor = self.eh_proj(both)
-        return x_BSD
+        combined_BSD: Tensor = self.eh_proj(both)
+        return combined_BSD
