@@ -363,7 +363,7 @@ def serve(
     model
         directory of a model, a .gguf file, or an id on the Hugging Face hub (owner/name)
     """
-    from tenfold.engine.async_engine import open_engine
+    from tenfold.server.serve import open_engine
     from tenfold.server.serve import serve as run
 
     run(lambda: open_engine(model, Budget(memory, warm), settings), settings)

@@ -6,16 +6,13 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from pathlib import Path
 
 from tenfold.engine.batch import BatchRunner
-from tenfold.engine.loading import USUAL_CONTEXT, open_batch_runner
 from tenfold.engine.request import Load, Meter, ModelFacts, Overloaded, Piece, Request, Stopped
 from tenfold.engine.scheduler import Scheduler
 from tenfold.engine.sequence import Job
 from tenfold.errors import TenfoldError
-from tenfold.memory import Budget, resident_bytes
-from tenfold.server.settings import ServeSettings
+from tenfold.memory import resident_bytes
 from tenfold.tokenizer import Tokenizer
 
 _CLOSE_POLL = 0.02
@@ -191,12 +188,3 @@ def _facts(runner: BatchRunner, name: str, context: int, memory_bytes: int | Non
         num_experts_per_tok=config.num_experts_per_tok,
         memory_bytes=memory_bytes,
     )
-
-
-def open_engine(path_or_id: str | Path, memory: Budget, settings: ServeSettings) -> AsyncLLM:
-    """With the model of a directory, a .gguf file or a hub id. Raises what `open_batch_runner` does."""
-    context, sequences = settings.context or USUAL_CONTEXT, settings.max_sequences
-    opened = open_batch_runner(path_or_id, memory, context, sequences, settings.kv_tokens)
-    runner, tokenizer, path, memory_bytes = opened
-    name = settings.model_name or path.name
-    return AsyncLLM(runner, tokenizer, name, context, sequences, settings.max_queue, memory_bytes)

@@ -6,17 +6,30 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
+from tenfold.engine.async_engine import AsyncLLM
+from tenfold.engine.loading import USUAL_CONTEXT, open_batch_runner
 from tenfold.engine.request import AsyncEngine
 from tenfold.errors import TenfoldError
+from tenfold.memory import Budget
 from tenfold.server.app import make_app
 from tenfold.server.settings import ServeSettings
 
 _FLUSH_SECONDS = 5
 """For the last bytes to reach their clients, once the engine is done."""
+
+
+def open_engine(path_or_id: str | Path, memory: Budget, settings: ServeSettings) -> AsyncLLM:
+    """With the model of a directory, a .gguf file or a hub id. Raises what `open_batch_runner` does."""
+    context, sequences = settings.context or USUAL_CONTEXT, settings.max_sequences
+    opened = open_batch_runner(path_or_id, memory, context, sequences, settings.kv_tokens)
+    runner, tokenizer, path, memory_bytes = opened
+    name = settings.model_name or path.name
+    return AsyncLLM(runner, tokenizer, name, context, sequences, settings.max_queue, memory_bytes)
 
 
 def serve(make_engine: Callable[[], AsyncEngine], settings: ServeSettings) -> None:
