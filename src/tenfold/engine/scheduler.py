@@ -9,7 +9,7 @@ from itertools import count
 import torch
 
 from tenfold.device import one_torch_thread
-from tenfold.engine.batch import BatchRunner, Chunk
+from tenfold.engine.batch import LOGITS_BYTES, BatchRunner, Chunk
 from tenfold.engine.blocks import Blocks
 from tenfold.engine.constraint import Matcher, compile_constraint
 from tenfold.engine.flight import Flight, Weights
@@ -24,8 +24,6 @@ from tenfold.tokenizer import Tokenizer
 
 PIECE = 512
 """Tokens of prompts that go through the layers at once. Prompts that are longer are cut at its multiples."""
-LOGITS_BYTES = 32 << 20
-"""For the logits of all tokens of a prompt, where they are asked for: cuts such prompts shorter."""
 BREATH = 0.05
 """Seconds for which a prompt goes on, if nobody decodes, before anybody else is heard."""
 
