@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class LLM:
         budget = limit if isinstance(limit, Budget) else Budget(limit)
         opened = open_batch_runner(path, budget, context, max_sequences, kv_tokens)
         self.tokenizer, self.runner = opened.tokenizer, opened.runner
-        self._scheduler = Scheduler(opened.runner, opened.tokenizer, context, max_sequences)
+        self._new_scheduler = partial(Scheduler, opened.runner, opened.tokenizer, context, max_sequences)
+        self._scheduler = self._new_scheduler()
 
     @property
     def blocks(self) -> Blocks:
@@ -117,10 +119,13 @@ class LLM:
             self._scheduler.add(job)
         try:
             self._step_through(results)
-        finally:
+        except TenfoldError:
             for job in jobs:
-                if job.unfinished:
-                    self._scheduler.cancel(job)
+                self._scheduler.cancel(job)
+            raise
+        except BaseException:  # Ctrl-C, anywhere in its books
+            self._scheduler = self._new_scheduler()
+            raise
         return [results[job] for job in jobs]
 
     def _step_through(self, results: Mapping[Job, Sequence[Result]]) -> None:
@@ -129,7 +134,7 @@ class LLM:
             task = progress.add_task("texts", total=sum(map(len, results.values())))
             while self._scheduler.busy:
                 for job, news in self._scheduler.step():
-                    if job not in results:  # of a run before, that was interrupted
+                    if job not in results:  # of a run before, that failed
                         continue
                     if isinstance(news, TenfoldError):
                         raise news
