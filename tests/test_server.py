@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 from scripted_engine import ScriptedEngine
 
+from tenfold.engine.request import Request
 from tenfold.server.app import make_app
 from tenfold.server.settings import ServeSettings
 
@@ -319,6 +320,27 @@ def test_who_leaves_is_cancelled(stream: bool) -> None:
             answer.close()
             raise RuntimeError
         wait_until(lambda: engine.answers and not engine.running)
+
+
+def test_a_constraint_that_takes_long_keeps_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the answer to a client that did not wait for it is cancelled."""
+    engine, compiling, compiled = ScriptedEngine(delay=0.05), threading.Event(), threading.Event()
+    submit = engine.submit
+
+    def slow(request: Request) -> object:
+        compiling.set()
+        assert compiled.wait(10)
+        return submit(request)
+
+    monkeypatch.setattr(engine, "submit", slow)
+    body = {"model": "toy", "prompt": "x", "guided_regex": "a+", "max_tokens": 100}
+    with served(engine) as url:
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{url}/v1/completions", json=body, timeout=httpx.Timeout(10, read=0.3))
+        assert compiling.is_set()
+        assert httpx.get(f"{url}/health").status_code == 200
+        compiled.set()
+        wait_until(lambda: engine.answers and engine.answers[0].cancelled)
 
 
 def test_health_metrics_and_description(url: str, client: openai.OpenAI) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 32 << 10
 CPU_SECONDS = 1
-MEMORY_MEGABYTES = 512
+MEMORY_MEGABYTES = 128
 
 _worker = Worker(Path(__file__).with_name("constraint_worker.py"), CPU_SECONDS, MEMORY_MEGABYTES)
 

@@ -22,7 +22,7 @@ STACK_BYTES = 1 << 20
 LIMITS = LLParserLimits(
     max_items_in_row=1000,  # 2,000 took up to 0.3 s a token
     step_max_items=20_000,
-    max_lexer_states=50_000,
+    max_lexer_states=20_000,
     verbose_errors=False,
 )
 # Or a text may be nothing but spaces, which models that are not sure of themselves like to write.

@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic, time
 from typing import Any, TypeVar
 
@@ -61,11 +62,27 @@ class Serving:
         answers: list[Answer] = []
         try:
             for request in requests:
-                answers.append(self.engine.submit(request))  # noqa: PERF401 (those before one that fails)
+                answers.append(await self._submit(request))  # noqa: PERF401 (those before one that fails)
         except BaseException:
             await asyncio.gather(*(answer.aclose() for answer in answers))
             raise
         return Answers(answers, requests, self)
+
+    async def _submit(self, request: Request) -> Answer:
+        """Constraints take up to seconds to compile, which the event loop must not wait for."""
+        if request.constraint is None:
+            return self.engine.submit(request)
+        submitting = asyncio.ensure_future(self.workers.run(partial(self.engine.submit, request)))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:  # an answer that comes yet is nobody's
+            submitting.add_done_callback(_close)
+            raise
+
+
+def _close(submitting: "asyncio.Future[Answer]") -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        asyncio.ensure_future(submitting.result().aclose())  # noqa: RUF006
 
 
 class Answers:
