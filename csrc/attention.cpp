@@ -36,6 +36,8 @@ std::vector<Run> cut(const Places& places, int most) {
     return runs;
 }
 
+constexpr int FEW = 8;
+
 // Positions [begin, end) of a sequence, which lie in one block of its cache, from `offset` on.
 struct Stretch {
     int block, offset, begin, end;
@@ -96,6 +98,13 @@ private:
         }
     }
 
+    // What to fetch meanwhile: the next block of the cache, which lies anywhere. With many tokens on each value
+    // memory is fast enough.
+    static Ahead ahead(const uint16_t* panel, int T) {
+        if (!panel || T > FEW) return {};
+        return {reinterpret_cast<const uint8_t*>(panel), static_cast<int>(code_bytes(Format::bf16) / 64), nullptr};
+    }
+
     // scores_ (T, span)
     void score(int kv_head, int T) {
         const int span = stretches_.back().end, blocks = cache_.width / BLOCK;
@@ -104,8 +113,11 @@ private:
         scores_.resize(static_cast<size_t>(T) * span);
         for (const Stretch& s : stretches_) {
             const uint16_t* keys = cache_.keys_of(s.block, kv_head) + static_cast<size_t>(s.offset) * cache_.width;
-            for (int at = s.begin; at < s.end; at += ROWS, keys += static_cast<size_t>(ROWS) * cache_.width) {
-                dot_(reinterpret_cast<const uint8_t*>(keys), blocks, tile, {}, part);
+            const uint16_t* next = &s == &stretches_.back() ? cache_.values_of(stretches_[0].block, kv_head)
+                                                            : cache_.keys_of((&s + 1)->block, kv_head);
+            const size_t panel = static_cast<size_t>(ROWS) * cache_.width;
+            for (int at = s.begin; at < s.end; at += ROWS, keys += panel, next += panel) {
+                dot_(reinterpret_cast<const uint8_t*>(keys), blocks, tile, ahead(next, T), part);
                 for (int i = 0; i < T; i++)
                     for (int r = 0; r < ROWS; r++)
                         scores_[static_cast<size_t>(i) * span + at + r] = part[i * ROWS + r] * heads_.scale;
@@ -135,9 +147,12 @@ private:
         weighed_.assign(static_cast<size_t>(T) * cache_.width, 0);
         for (const Stretch& s : stretches_) {
             const uint16_t* panel = cache_.values_of(s.block, kv_head) + static_cast<size_t>(s.offset) * ROWS;
+            const uint16_t* next = &s == &stretches_.back() ? nullptr : cache_.values_of((&s + 1)->block, kv_head);
             const Tile tile{nullptr, nullptr, nullptr, weights_.data() + static_cast<size_t>(s.begin) * T, T};
-            for (int d = 0; d < heads_.head_dim; d += ROWS, panel += static_cast<size_t>(ROWS) * cache_.block_size) {
-                dot_(reinterpret_cast<const uint8_t*>(panel), (s.end - s.begin) / BLOCK, tile, {}, part);
+            const size_t step = static_cast<size_t>(ROWS) * cache_.block_size;
+            for (int d = 0; d < heads_.head_dim; d += ROWS, panel += step) {
+                dot_(reinterpret_cast<const uint8_t*>(panel), (s.end - s.begin) / BLOCK, tile, ahead(next, T), part);
+                if (next) next += step;
                 for (int i = 0; i < T; i++)
                     for (int r = 0; r < ROWS; r++) weighed_[i * cache_.width + d + r] += part[i * ROWS + r];
             }

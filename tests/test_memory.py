@@ -216,7 +216,7 @@ def test_a_budget_is_kept_by_many_sequences(packed: Path) -> None:
         assert (group.kills, group.peak <= budget) == (0, True)
     plan, peak = json.loads(ran.stdout)
     assert (plan["kv_tokens"], plan["context"]) == (1024, 512) and peak <= budget
-    assert plan["kv_cache_bytes"] < 1.2 * 1024 * CONFIG.kv_bytes_per_token("bfloat16")
+    assert plan["kv_cache_bytes"] < 1.3 * 1024 * CONFIG.kv_bytes_per_token("bfloat16")
 
 
 @native
