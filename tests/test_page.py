@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from page_server import FakeServer
+from scripted_engine import ScriptedEngine
+from test_server import served
 
 sync_api = pytest.importorskip("playwright.sync_api")
 Browser, Page, expect = sync_api.Browser, sync_api.Page, sync_api.expect
@@ -17,6 +19,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromiu
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET += " --disable-component-update --disable-sync"
 
+# Of a machine that has much else to do.
+expect.set_options(timeout=30_000)
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -27,19 +32,25 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def visit(browser: Browser, server: FakeServer) -> Iterator[Callable[..., Page]]:
     """Opens the page of a server. In the end no page may have asked another origin for anything, or
     complained of anything that `expected` does not name."""
     visited: list[tuple[Page, list[str], list[str]]] = []
 
-    def open_page(server: FakeServer, expected: str = "$^", width: int = 1280, **context: object) -> Page:
+    def open_page(url: str, expected: str = "$^", width: int = 1280, **context: object) -> Page:
         page = browser.new_context(viewport={"width": width, "height": 800}, **context).new_page()
-        page.set_default_timeout(5000)
         outside: list[str] = []
         complaints: list[str] = []
 
         def asked(request: sync_api.Request) -> None:
-            if not request.url.startswith((server.url, "data:")):
+            if not request.url.startswith((url, "data:")):
                 outside.append(request.url)
 
         def said(message: sync_api.ConsoleMessage) -> None:
@@ -50,7 +61,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.on("console", said)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         visited.append((page, outside, complaints))
-        page.goto(server.url)
+        page.goto(url)
         return page
 
     yield open_page
@@ -58,13 +69,6 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.context.close()
         assert not outside
         assert not complaints
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer() as server:
-        yield server
-        server.shutdown()
 
 
 def ask(page: Page, text: str) -> None:
@@ -87,7 +91,7 @@ def grid(page: Page) -> str:
 
 
 def test_conversation(visit, server):
-    page = visit(server)
+    page = visit(server.url)
     empty = grid(page)
     ask(page, "What is a mixture of experts?")
     finished(page)
@@ -107,9 +111,42 @@ def test_conversation(visit, server):
     assert figure(page, "Cost so far") == "0.000420"
 
 
+def test_with_the_server(visit):
+    text = "the cat sat on the mat, and the dog looked on. café ☕"
+    engine = ScriptedEngine(text, delay=0.01)
+    with served(engine, price_per_hour=3.6, api_key=["secret"]) as url:
+        page = visit(f"{url}/", expected="401|429|ERR_")
+        page.get_by_label("API key").fill("secret")
+        page.keyboard.press("Enter")
+        expect(page.locator("#status")).to_have_text("ready")
+        ask(page, "hello")
+        finished(page)
+        assert page.locator(".token").all_inner_texts() == words(engine, text)
+        page.locator(".token").nth(3).hover()
+        expect(page.locator("#readout")).to_contain_text("1 expert")
+        assert re.fullmatch(r"[\d.]+", figure(page, "Cost so far"))
+        engine.delay = 1
+        page.get_by_role("button", name="Regenerate").click()
+        expect(page.locator(".token").first).to_be_attached()
+        page.keyboard.press("Escape")
+        expect(page.locator(".foot")).to_contain_text("stopped")
+        for _ in range(50):
+            if not engine.running:
+                break
+            page.wait_for_timeout(100)
+        assert not engine.running
+        engine.room = 0
+        ask(page, "hello")
+        expect(page.get_by_role("alert")).to_contain_text("its queue is full. Try again in 1 s.")
+
+
+def words(engine: ScriptedEngine, text: str) -> list[str]:
+    return [engine.tokenizer.decode([i]) for i in engine.tokenizer.encode(text, add_special_tokens=False)]
+
+
 def test_grid_moves_with_every_token(visit, server):
     server.delay = 0.05
-    page = visit(server)
+    page = visit(server.url)
     ask(page, "Go on")
     seen = set()
     for count in (3, 9, 15):
@@ -122,7 +159,7 @@ def test_grid_moves_with_every_token(visit, server):
 
 def test_escape_stops(visit, server):
     server.delay = 0.05
-    page = visit(server)
+    page = visit(server.url)
     ask(page, "Go on")
     expect(page.locator(".token").nth(5)).to_be_attached()
     page.keyboard.press("Escape")
@@ -130,11 +167,15 @@ def test_escape_stops(visit, server):
     assert server.cancelled.wait(5), "the server was not told"
     part = page.locator(".assistant .text").inner_text()
     assert part and server.text.startswith(part)
-    assert page.get_by_role("button", name="Send").is_visible()
+    page.get_by_role("button", name="Send").click(trial=True)
+    server.delay = 0
+    ask(page, "Go on")
+    finished(page)
+    assert figure(page, "Cost so far") == "more than 0.000210"
 
 
 def test_regenerate(visit, server):
-    page = visit(server)
+    page = visit(server.url)
     ask(page, "Go on")
     finished(page)
     server.text = "Something else."
@@ -145,7 +186,7 @@ def test_regenerate(visit, server):
 
 
 def test_tokens_by_mouse_and_by_keyboard(visit, server):
-    page = visit(server)
+    page = visit(server.url)
     ask(page, "Go on")
     finished(page)
     page.locator(".token").nth(12).hover()
@@ -167,7 +208,7 @@ def test_tokens_by_mouse_and_by_keyboard(visit, server):
 
 
 def test_settings_are_sent_and_kept(visit, server):
-    page = visit(server)
+    page = visit(server.url)
     page.get_by_role("button", name="Settings").first.click()
     page.get_by_label("System prompt").fill("Be brief.")
     page.get_by_label("Most tokens").fill("99999")
@@ -184,7 +225,7 @@ def test_settings_are_sent_and_kept(visit, server):
 
 
 def test_shift_enter_is_a_new_line(visit, server):
-    page = visit(server)
+    page = visit(server.url)
     box = page.get_by_label("Your message")
     box.fill("one")
     box.press("Shift+Enter")
@@ -200,7 +241,7 @@ HOSTILE = "<img src=x onerror=alert(1)><script>document.title='gone'</script>&lt
 
 def test_hostile_text_stays_text(visit, server):
     server.text, server.delay = HOSTILE, 0
-    page = visit(server, width=390)
+    page = visit(server.url, width=390)
     ask(page, HOSTILE)
     finished(page)
     assert page.locator(".assistant .text").evaluate("body => body.textContent") == HOSTILE
@@ -227,42 +268,40 @@ def test_text_of_tokens_may_come_late(visit, server, monkeypatch):
             yield {"choices": [{"delta": {"content": text}, "finish_reason": None}], "tenfold": tenfold}
 
     monkeypatch.setattr(server, "events", events)
-    page = visit(server)
+    page = visit(server.url)
     ask(page, "Go on")
     finished(page)
     assert page.locator(".token").all_inner_texts() == ["Caf", "é", " ☕", " end", "."]
 
 
 @pytest.mark.parametrize("layers, experts", [(4, 8), (16, 64), (48, 128), (58, 256)])
-def test_phone(visit, layers, experts):
-    with FakeServer(layers, experts) as server:
-        page = visit(server, width=390, has_touch=True, is_mobile=True, device_scale_factor=3)
-        ask(page, "Go on")
-        finished(page)
-        assert page.evaluate("document.documentElement.scrollWidth") == 390
-        strip = page.locator("canvas").bounding_box()
-        assert strip["width"] <= 390 and strip["height"] <= 120
-        page.locator(".token").nth(8).tap()
-        expect(page.locator("#readout")).to_contain_text(f"{layers * 8:,} experts")
-        expect(page.locator("dl")).not_to_be_visible()
-        page.locator("summary").tap()
-        expect(page.locator("dl")).to_be_visible()
-        server.shutdown()
+def test_phone(visit, server, layers, experts):
+    server.layers, server.experts = layers, experts
+    page = visit(server.url, width=390, has_touch=True, is_mobile=True, device_scale_factor=3)
+    ask(page, "Go on")
+    finished(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    strip = page.locator("canvas").bounding_box()
+    assert strip["width"] <= 390 and strip["height"] <= 120
+    page.locator(".token").nth(8).tap()
+    expect(page.locator("#readout")).to_contain_text(f"{layers * 8:,} experts")
+    expect(page.locator("dl")).not_to_be_visible()
+    page.locator("summary").tap()
+    expect(page.locator("dl")).to_be_visible()
 
 
-def test_dense_model(visit):
-    with FakeServer(layers=0, experts=0) as server:
-        page = visit(server)
-        ask(page, "Go on")
-        finished(page)
-        expect(page.get_by_text("This model is dense")).to_be_visible()
-        expect(page.locator("canvas")).not_to_be_visible()
-        server.shutdown()
+def test_dense_model(visit, server):
+    server.layers = server.experts = 0
+    page = visit(server.url)
+    ask(page, "Go on")
+    finished(page)
+    expect(page.get_by_text("This model is dense")).to_be_visible()
+    expect(page.locator("canvas")).not_to_be_visible()
 
 
 def test_without_template_the_text_goes_on(visit, server):
     server.template = False
-    page = visit(server)
+    page = visit(server.url)
     expect(page.get_by_text("This model has no chat template")).to_be_visible()
     ask(page, "Once upon a time")
     finished(page)
@@ -274,7 +313,7 @@ def test_without_template_the_text_goes_on(visit, server):
 
 def test_key(visit, server):
     server.key = "right"
-    page = visit(server, expected="401")
+    page = visit(server.url, expected="401")
     page.get_by_label("API key").fill("wrong")
     page.keyboard.press("Enter")
     expect(page.get_by_text("It did not accept that key.")).to_be_visible()
@@ -289,7 +328,7 @@ def test_key(visit, server):
 
 def test_no_key(visit, server):
     server.key = "right"
-    page = visit(server, expected="401")
+    page = visit(server.url, expected="401")
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_text("answers only those who have its key")).to_be_visible()
 
@@ -303,7 +342,7 @@ def test_no_key(visit, server):
     ],
 )
 def test_troubles(visit, server, prompt, message, text):
-    page = visit(server, expected="429|ERR_")
+    page = visit(server.url, expected="429|ERR_")
     ask(page, prompt)
     expect(page.get_by_role("alert")).to_contain_text(message)
     assert bool(page.locator(".assistant .text").inner_text()) == text
@@ -316,20 +355,20 @@ def test_troubles(visit, server, prompt, message, text):
 
 
 def test_server_stops_and_comes_back(visit, server):
-    page = visit(server, expected="ERR_CONNECTION_REFUSED")
+    page = visit(server.url, expected="ERR_CONNECTION_REFUSED")
     expect(page.locator("#status")).to_have_text("ready")
     page.route("**/v1/**", lambda route: route.abort("connectionrefused"))
     ask(page, "Are you there?")
     expect(page.get_by_role("alert")).to_contain_text("The server does not answer.")
-    expect(page.locator("#status")).to_have_text("no connection", timeout=8000)
+    expect(page.locator("#status")).to_have_text("no connection")
     page.unroute("**/v1/**")
     page.get_by_role("button", name="Try again").click()
     finished(page)
-    expect(page.locator("#status")).to_have_text("ready", timeout=8000)
+    expect(page.locator("#status")).to_have_text("ready")
 
 
 def test_theme(visit, server):
-    page = visit(server, color_scheme="dark")
+    page = visit(server.url, color_scheme="dark")
     ground = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(ground)
     page.get_by_role("button", name="Colours").click()
