@@ -109,8 +109,13 @@ class Seq:
             wanted = len(own)
         return Chunk(self.table.blocks, self.cached, [*own, *drafts], wanted)
 
+    @property
+    def has_pending(self) -> bool:
+        """Not where all but its last token was found in the cache."""
+        return bool(self._states)
+
     def pending(self) -> Pending:
-        """What a drafter has to see to guess on; it then has seen it. Only while decoding."""
+        """What a drafter has to see to guess on; it then has seen it. Only while decoding, if there is any."""
         assert self.table is not None
         start, self._drafted = self._drafted, self.cached
         states_SD, self._states = torch.cat(self._states), []

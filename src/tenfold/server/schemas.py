@@ -23,7 +23,7 @@ class OneError(FailFast):
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_ID)]], OneError(), Field(max_length=1 << 20)]
 Texts = Annotated[list[str], OneError(), Field(max_length=MAX_CHOICES)]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], OneError(), Field(max_length=64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Grammar = Annotated[str, Field(min_length=1, max_length=1 << 16)]
