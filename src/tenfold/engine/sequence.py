@@ -115,7 +115,7 @@ class Seq:
         return bool(self._states)
 
     def pending(self) -> Pending:
-        """What a drafter has to see to guess on; it then has seen it. Only while decoding, if there is any."""
+        """What a drafter has to see to guess on; it then has seen it. Only while decoding."""
         assert self.table is not None
         start, self._drafted = self._drafted, self.cached
         states_SD, self._states = torch.cat(self._states), []

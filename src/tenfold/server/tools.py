@@ -71,7 +71,7 @@ def _hermes(text: str, schemas: Schemas) -> list[Part] | None:
 
 
 def _pairs(text: str, before: str, between: str, after: str) -> Iterator[tuple[str, str]]:
-    """Names and values of arguments. A regular expression takes cubic time for one that begins and never ends,
+    """Names and values of arguments. A regular expression takes cubic time for many that begin and never end,
     and clients can have a model write that."""
     end = 0
     while (
