@@ -349,6 +349,14 @@ def test_health_metrics_and_description(url: str, client: openai.OpenAI) -> None
     assert facts["facts"]["num_experts"] == 8 and facts["prices"]["watts"] == 100
 
 
+def test_an_engine_that_failed_is_not_healthy() -> None:
+    engine = ScriptedEngine()
+    with served(engine) as url:
+        engine.stopped = "the engine stopped: TypeError: x"
+        health = httpx.get(f"{url}/health")
+    assert health.status_code == 503 and health.json() == {"status": "failed"}
+
+
 def test_paths_and_methods_that_are_not_there(url: str) -> None:
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
         answer = httpx.request(method, url + path)
