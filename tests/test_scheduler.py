@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+import pytest
 from fake_runner import FakeRunner, expected, fake_config, fake_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tenfold.engine.request import Piece, Request, TooLong
 from tenfold.engine.scheduler import Scheduler
 from tenfold.engine.sequence import Job
+from tenfold.engine.speculation import LookUp, Speculation
 from tenfold.errors import TenfoldError
 from tenfold.sampling import SamplingParams
 
@@ -74,6 +76,16 @@ class Driver:
             assert heard.text == TOKENIZER.decode(wanted)
             full = min(request.params.max_tokens, context - len(request.prompt_ids))
             assert heard.finish_reason == ("length" if len(wanted) == full else "stop")
+
+
+def test_drafts_leave_room_for_all_in_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Speculation, "wanted", lambda *_: 4)
+    monkeypatch.setattr(LookUp, "drafts", lambda _, most: [1, 2, 3, 4][:most])
+    driver = Driver(max_sequences=8, max_tokens=16)
+    jobs = [driver.submit([1, 2, n], max_tokens=12, temperature=0) for n in range(1, 9)]
+    driver.run()
+    for job in jobs:
+        driver.check(job)
 
 
 def test_one_request() -> None:

@@ -79,10 +79,10 @@ class Scheduler:
         prompt, last = request.prompt_ids, self._runner.config.vocab_size - 1
         if not prompt:
             raise TenfoldError("the prompt is empty: give at least one token of text")
-        if wrong := next((token for token in prompt if not 0 <= token <= last), None):
-            raise TenfoldError(f"token id {wrong} is none of the model's, which are 0 to {last}")
         if len(prompt) >= self.context:
             raise TooLong(f"the prompt has {len(prompt)} tokens; the context holds {self.context}")
+        if wrong := next((token for token in prompt if not 0 <= token <= last), None):
+            raise TenfoldError(f"token id {wrong} is none of the model's, which are 0 to {last}")
         check_params(request.params, last + 1)
         return Job(request, self._matcher(request))
 
@@ -186,7 +186,8 @@ class Scheduler:
         ]
         if not ready:
             return 0.0
-        most = self._speculation.wanted(len(ready))
+        fits = self._runner.max_tokens // len(ready) - 1
+        most = min(self._speculation.wanted(len(ready)), fits)
         start = time.perf_counter()
         guesses = self._guesses(ready, most) if most else [()] * len(ready)
         guessing = time.perf_counter() - start
@@ -226,8 +227,8 @@ class Scheduler:
         found = [seq.look_up.drafts(most) for seq in ready]
         drafter = self._runner.drafter
         if drafter is not None and not all(found):
-            asking = [n for n, drafts in enumerate(found) if not drafts]
-            drafted = drafter.draft([ready[n].pending() for n in asking])
+            asking = [n for n, drafts in enumerate(found) if not drafts and ready[n].has_pending]
+            drafted = drafter.draft([ready[n].pending() for n in asking]) if asking else []
             for n, token in zip(asking, drafted, strict=True):
                 found[n] = [token]
         return found
