@@ -8,7 +8,9 @@ from fake_runner import FakeRunner, expected, fake_config, fake_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenfold.engine.request import Piece, Request, TooLong
+from tenfold.engine import scheduler
+from tenfold.engine.constraint import Matcher
+from tenfold.engine.request import Constraint, Piece, Request, TooLong
 from tenfold.engine.scheduler import Scheduler
 from tenfold.engine.sequence import Job
 from tenfold.engine.speculation import LookUp, Speculation
@@ -86,6 +88,23 @@ def test_drafts_leave_room_for_all_in_a_pass(monkeypatch: pytest.MonkeyPatch) ->
     driver.run()
     for job in jobs:
         driver.check(job)
+
+
+def test_one_constraint_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_constraint(*given: object) -> Matcher:
+        compiled.append(given)
+        return original(*given)  # type: ignore[arg-type]
+
+    original = scheduler.compile_constraint
+    monkeypatch.setattr(scheduler, "compile_constraint", compile_constraint)
+    driver, digits = Driver(), Constraint("regex", "[0-9]{3,40}")
+    params = SamplingParams(max_tokens=50)
+    jobs = [driver.ask(Request([1, n], params, n=2, constraint=digits)) for n in range(1, 9)]
+    driver.run()
+    assert len(compiled) == 1 and not driver.errors
+    assert all(heard.text.isdecimal() for job in jobs for heard in driver.heard[job].values())
 
 
 def test_one_request() -> None:
