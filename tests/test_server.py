@@ -198,6 +198,8 @@ def test_formats_become_constraints(client: openai.OpenAI, engine: ScriptedEngin
         ({"guided_json": "bad"}, None),
         ({"best_of": 3}, None),
         ({"prompt": ["x"] * 100, "n": 100}, None),
+        ({"prompt": ["x"] * 8, "n": 16, "logprobs": 5}, None),
+        ({"repetition_penalty": 1e-9}, "repetition_penalty"),
         ({"prompt": ["x"] * 10**5}, "prompt"),
         ({"prompt": "\ud800"}, None),
         ({"prompt": "x " * 5000}, None),

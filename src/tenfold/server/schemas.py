@@ -11,6 +11,9 @@ MAX_CHOICES = 128
 """Texts that one request may ask for, of all its prompts together."""
 MAX_TOP = 20
 """Alternatives beside a token."""
+MAX_TOLD = 512
+"""Alternatives beside the tokens that all texts of a request have at one place: 128 texts with 20 each are half
+a gigabyte, and seconds of the event loop, for every 400 tokens."""
 MAX_ID = 2**31 - 1
 
 
@@ -156,6 +159,8 @@ class ChatRequest(Sampling):
     def _fits_together(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if self.choices * (self.top_logprobs or 0) > MAX_TOLD:
+            raise ValueError(f"n times top_logprobs may be {MAX_TOLD} at most")
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
             raise ValueError("two tools have one name")
@@ -186,6 +191,8 @@ class CompletionRequest(Sampling):
             raise ValueError("best_of other than n is not supported")
         if len(self.prompts) * self.choices > MAX_CHOICES:
             raise ValueError(f"prompts times n may be {MAX_CHOICES} at most")
+        if len(self.prompts) * self.choices * (self.logprobs or 0) > MAX_TOLD:
+            raise ValueError(f"prompts times n times logprobs may be {MAX_TOLD} at most")
         if self.stream and self.echo and self.logprobs is not None:
             raise ValueError("echo with logprobs cannot be streamed")
         return self
