@@ -52,6 +52,7 @@ class ScriptedEngine:
         self.tokenizer = tokenizer_with(template)
         self.reply = reply if callable(reply) else lambda request, index: reply
         self.delay, self.room, self.closing = delay, room, False
+        self.stopped: str | None = None
         self.requests: list[Request] = []
         self.answers: list[ScriptedAnswer] = []
         self.facts = ModelFacts(

@@ -105,6 +105,7 @@ def test_a_crash_is_told_to_all_and_to_those_who_come_later(capsys: pytest.Captu
         with pytest.raises(Stopped, match="the engine stopped: TypeError"):
             await tokens_of(engine, Request([2], greedy()))
             await tokens_of(engine, Request([2], greedy()))
+        assert engine.stopped and "TypeError" in engine.stopped
         await engine.close(0)
 
     run(work())

@@ -15,7 +15,8 @@ from tenfold import LLM, SamplingParams
 from tenfold.checkpoint import save_model
 from tenfold.engine.batch import Chunk, Outcome
 from tenfold.engine.generation import load_generation
-from tenfold.engine.request import Request
+from tenfold.engine.request import Piece, Request
+from tenfold.engine.scheduler import Scheduler
 from tenfold.engine.speculation import LookUp, Speculation
 from tenfold.engine.torch_batch import TorchBatchRunner
 from tenfold.model.transformer import Transformer
@@ -125,3 +126,26 @@ def test_guesses_that_are_right_save_steps(tmp_path: Path) -> None:
     for n, result in enumerate(results):
         assert result.tokens == (CYCLE * 4)[n + 5 : n + 35]
         assert result.meter.accepted >= 13 and result.meter.drafted <= 16
+
+
+@pytest.mark.usefixtures("always")
+def test_a_text_that_resumes_from_the_cache_alone(tmp_path: Path) -> None:
+    """All but its last token is in kept blocks: nothing of it is there for the drafter to see."""
+    model = build(random_fields("deepseek_v3", 1) | FOR_TOKENIZER)
+    tokenizer = load_tokenizer(write_served_model(tmp_path))
+    request = Request([1, 2, 3], SamplingParams(max_tokens=20, temperature=0))
+
+    def tokens(preempt: bool) -> list[int]:
+        scheduler, found = Scheduler(TorchBatchRunner(model, 16, 4, 64), tokenizer, 60, 2), []
+        scheduler.add(scheduler.prepare(request))
+        while scheduler.busy:
+            pieces = [piece for _, piece in scheduler.step() if isinstance(piece, Piece)]
+            found += [token.id for piece in pieces for token in piece.tokens]
+            for seq in scheduler.active.copy():
+                if preempt and seq.decoding and len(seq.ids) % 4 == 1:
+                    scheduler._preempt(seq)
+                    preempt = False
+        assert not preempt
+        return found
+
+    assert tokens(preempt=True) == tokens(preempt=False)

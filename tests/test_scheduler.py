@@ -9,10 +9,13 @@ from fake_runner import FakeRunner, expected, fake_config, fake_tokenizer, logit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenfold.engine.request import Piece, Request, TooLong
+from tenfold.engine import scheduler
+from tenfold.engine.constraint import Matcher
+from tenfold.engine.request import Constraint, Piece, Request, TooLong
 from tenfold.engine.sampler import logprob
 from tenfold.engine.scheduler import Scheduler
 from tenfold.engine.sequence import Job
+from tenfold.engine.speculation import LookUp, Speculation
 from tenfold.errors import TenfoldError
 from tenfold.sampling import SamplingParams
 
@@ -77,6 +80,33 @@ class Driver:
             assert heard.text == TOKENIZER.decode(wanted)
             full = min(request.params.max_tokens, context - len(request.prompt_ids))
             assert heard.finish_reason == ("length" if len(wanted) == full else "stop")
+
+
+def test_drafts_leave_room_for_all_in_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Speculation, "wanted", lambda *_: 4)
+    monkeypatch.setattr(LookUp, "drafts", lambda _, most: [1, 2, 3, 4][:most])
+    driver = Driver(max_sequences=8, max_tokens=16)
+    jobs = [driver.submit([1, 2, n], max_tokens=12, temperature=0) for n in range(1, 9)]
+    driver.run()
+    for job in jobs:
+        driver.check(job)
+
+
+def test_one_constraint_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_constraint(*given: object) -> Matcher:
+        compiled.append(given)
+        return original(*given)  # type: ignore[arg-type]
+
+    original = scheduler.compile_constraint
+    monkeypatch.setattr(scheduler, "compile_constraint", compile_constraint)
+    driver, digits = Driver(), Constraint("regex", "[0-9]{3,40}")
+    params = SamplingParams(max_tokens=50)
+    jobs = [driver.ask(Request([1, n], params, n=2, constraint=digits)) for n in range(1, 9)]
+    driver.run()
+    assert len(compiled) == 1 and not driver.errors
+    assert all(heard.text.isdecimal() for job in jobs for heard in driver.heard[job].values())
 
 
 def test_one_request() -> None:

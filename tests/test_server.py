@@ -199,6 +199,8 @@ def test_formats_become_constraints(client: openai.OpenAI, engine: ScriptedEngin
         ({"guided_json": "bad"}, None),
         ({"best_of": 3}, None),
         ({"prompt": ["x"] * 100, "n": 100}, None),
+        ({"prompt": ["x"] * 8, "n": 16, "logprobs": 5}, None),
+        ({"repetition_penalty": 1e-9}, "repetition_penalty"),
         ({"prompt": ["x"] * 10**5}, "prompt"),
         ({"prompt": "\ud800"}, None),
         ({"prompt": "x " * 5000}, None),
@@ -369,6 +371,14 @@ def test_health_metrics_and_description(url: str, client: openai.OpenAI) -> None
     )
     facts = httpx.get(f"{url}/v1/tenfold").json()
     assert facts["facts"]["num_experts"] == 8 and facts["prices"]["watts"] == 100
+
+
+def test_an_engine_that_failed_is_not_healthy() -> None:
+    engine = ScriptedEngine()
+    with served(engine) as url:
+        engine.stopped = "the engine stopped: TypeError: x"
+        health = httpx.get(f"{url}/health")
+    assert health.status_code == 503 and health.json() == {"status": "failed"}
 
 
 def test_paths_and_methods_that_are_not_there(url: str) -> None:

@@ -89,6 +89,10 @@ class AsyncLLM:
         self._thread = threading.Thread(target=self._run, name="tenfold-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def stopped(self) -> str | None:
+        return self._closed
+
     def submit(self, request: Request) -> StreamedAnswer:
         """As `AsyncEngine`; from any thread."""
         job = self._scheduler.prepare(request)

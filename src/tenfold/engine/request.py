@@ -170,6 +170,11 @@ class AsyncEngine(Protocol):
     facts: ModelFacts
     tokenizer: Tokenizer
 
+    @property
+    def stopped(self) -> str | None:
+        """Why it takes no more requests; None while it does."""
+        ...
+
     def submit(self, request: Request) -> Answer:
         """Queue a request; never blocks.
 

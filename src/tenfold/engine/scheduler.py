@@ -4,6 +4,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from itertools import count
 
 import torch
@@ -13,7 +14,7 @@ from tenfold.engine.batch import LOGITS_BYTES, BatchRunner, Chunk
 from tenfold.engine.blocks import Blocks
 from tenfold.engine.constraint import Matcher, compile_constraint
 from tenfold.engine.flight import Flight, Weights
-from tenfold.engine.request import Piece, Request, Stopped, TooLong
+from tenfold.engine.request import Constraint, Piece, Request, Stopped, TooLong
 from tenfold.engine.sampler import Sampler, check_params
 from tenfold.engine.sequence import Job, Seq
 from tenfold.engine.speculation import Speculation
@@ -79,10 +80,10 @@ class Scheduler:
         prompt, last = request.prompt_ids, self._runner.config.vocab_size - 1
         if not prompt:
             raise TenfoldError("the prompt is empty: give at least one token of text")
-        if wrong := next((token for token in prompt if not 0 <= token <= last), None):
-            raise TenfoldError(f"token id {wrong} is none of the model's, which are 0 to {last}")
         if len(prompt) >= self.context:
             raise TooLong(f"the prompt has {len(prompt)} tokens; the context holds {self.context}")
+        if wrong := next((token for token in prompt if not 0 <= token <= last), None):
+            raise TenfoldError(f"token id {wrong} is none of the model's, which are 0 to {last}")
         check_params(request.params, last + 1)
         return Job(request, self._matcher(request))
 
@@ -91,7 +92,7 @@ class Scheduler:
             return None
         config, tokenizer = self._runner.config, self._tokenizer
         ends = sorted(end_tokens(tokenizer, config.eos_token_ids, request.params))
-        return compile_constraint(request.constraint, tokenizer, config.vocab_size, ends)
+        return _compiled(request.constraint, tokenizer, config.vocab_size, tuple(ends))
 
     def add(self, job: Job) -> None:
         self.waiting.append(self._seq(job, (next(self._numbers), 0)))
@@ -350,6 +351,14 @@ class Scheduler:
         """Of its next chunk."""
         piece = self._piece if seq.prompt_logprobs is None else self._piece_told
         return seq.remaining if seq.remaining <= piece else piece - seq.cached % piece
+
+
+@lru_cache(maxsize=8)
+def _compiled(
+    constraint: Constraint, tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...]
+) -> Matcher:
+    """To be copied: the many prompts of a request have one constraint, and clients send the same again."""
+    return compile_constraint(constraint, tokenizer, vocab_size, ends)
 
 
 _order: Callable[[Seq], tuple[int, int]] = lambda seq: seq.order  # noqa: E731

@@ -46,15 +46,14 @@ class StoppedText:
 
     def _begun_stop(self) -> int:
         """How many last characters may be the beginning of a stop string."""
-        return max(
-            (
-                size
-                for stop in self._stops
-                for size in range(1, min(len(stop), len(self._whole) + 1))
-                if self._whole.endswith(stop[:size])
-            ),
-            default=0,
-        )
+        return max(map(self._begun, self._stops), default=0)
+
+    def _begun(self, stop: str) -> int:
+        at = max(0, len(self._whole) - len(stop) + 1)
+        # Few texts have many places where it may begin, so this looks at these alone.
+        while (at := self._whole.find(stop[0], at)) >= 0 and not stop.startswith(self._whole[at:]):
+            at += 1
+        return len(self._whole) - at if at >= 0 else 0
 
     def _show(self, text: str) -> str:
         shown = len(self.text)

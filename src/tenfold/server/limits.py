@@ -4,6 +4,7 @@ A body is read whole before the application sees the request, so nothing in it c
 """
 
 import asyncio
+import gc
 import hmac
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -116,7 +117,11 @@ class JsonRoute(APIRoute):
 
 class _JsonRequest(Request):
     async def json(self) -> Any:
+        body = await self.body()
+        gc.disable()  # it would look at a million new lists again and again, for seconds
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            return from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise ApiError(400, f"the body is not JSON: {error}") from None
+        finally:
+            gc.enable()

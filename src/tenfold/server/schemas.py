@@ -11,6 +11,9 @@ MAX_CHOICES = 128
 """Texts that one request may ask for, of all its prompts together."""
 MAX_TOP = 20
 """Alternatives beside a token."""
+MAX_TOLD = 512
+"""Alternatives of all texts of a request together: 128 texts with 20 each took 145 MB, and the event loop 2 s
+a hundred tokens."""
 MAX_ID = 2**31 - 1
 
 
@@ -23,7 +26,7 @@ class OneError(FailFast):
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_ID)]], OneError(), Field(max_length=1 << 20)]
 Texts = Annotated[list[str], OneError(), Field(max_length=MAX_CHOICES)]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], OneError(), Field(max_length=64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Grammar = Annotated[str, Field(min_length=1, max_length=1 << 16)]
@@ -45,7 +48,7 @@ class Sampling(Schema):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_ID, description="-1 and 0 are no limit")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
@@ -156,6 +159,8 @@ class ChatRequest(Sampling):
     def _fits_together(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if self.choices * (self.top_logprobs or 0) > MAX_TOLD:
+            raise ValueError(f"n times top_logprobs may be {MAX_TOLD} at most")
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
             raise ValueError("two tools have one name")
@@ -186,6 +191,8 @@ class CompletionRequest(Sampling):
             raise ValueError("best_of other than n is not supported")
         if len(self.prompts) * self.choices > MAX_CHOICES:
             raise ValueError(f"prompts times n may be {MAX_CHOICES} at most")
+        if len(self.prompts) * self.choices * (self.logprobs or 0) > MAX_TOLD:
+            raise ValueError(f"prompts times n times logprobs may be {MAX_TOLD} at most")
         if self.stream and self.echo and self.logprobs is not None:
             raise ValueError("echo with logprobs cannot be streamed")
         return self

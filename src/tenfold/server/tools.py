@@ -6,7 +6,7 @@ the tool, and a grammar leads the rest.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,16 +58,30 @@ def _dump(value: Any) -> str:
 
 def _hermes(text: str, schemas: Schemas) -> list[Part] | None:
     """Qwen, Hermes: JSON. GLM-4.5: <arg_key>; Qwen3-Coder: <parameter=…>."""
-    for name, argument in (
-        (r"\s*([\w.-]+)\s*(?=<arg_key>|$)", r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"),
-        (r"\s*<function=([\w.-]+)>", r"<parameter=(.*?)>\n?(.*?)\n?</parameter>"),
+    for name, marks in (
+        (r"\s*([\w.-]+)\s*(?=<arg_key>|$)", ("<arg_key>", "<arg_value>", "</arg_value>")),
+        (r"\s*<function=([\w.-]+)>", ("<parameter=", ">", "</parameter>")),
     ):
         if found := re.match(name, text):
-            pairs = re.findall(argument, text, re.DOTALL)
-            types = schemas.get(found[1], {}).get("properties", {})
-            arguments = {key.strip(): _typed(value, types.get(key.strip())) for key, value in pairs}
+            types = schemas.get(found[1], {}).get("properties")
+            types = types if isinstance(types, Mapping) else {}
+            arguments = {key: _typed(value, types.get(key)) for key, value in _pairs(text, *marks)}
             return [Part("call", _dump(arguments), found[1])]
     return _json_calls(text)
+
+
+def _pairs(text: str, before: str, between: str, after: str) -> Iterator[tuple[str, str]]:
+    """Names and values of arguments. A regular expression takes cubic time for many that begin and never end,
+    and clients can have a model write that."""
+    end = 0
+    while (
+        (begin := text.find(before, end)) >= 0
+        and (middle := text.find(between, begin + len(before))) >= 0
+        and (end := text.find(after, middle)) >= 0
+    ):
+        name = text[begin + len(before) : middle].strip().removesuffix("</arg_key>").strip()
+        value = text[middle + len(between) : end]
+        yield name, value if between == "<arg_value>" else value.removeprefix("\n").removesuffix("\n")
 
 
 def _typed(text: str, schema: Any) -> Any:
@@ -91,15 +105,16 @@ def _mistral(text: str) -> list[Part] | None:
     return [Part("call", call[2], call[1]) for call in calls if call] if all(calls) else None
 
 
-_DEEPSEEK = re.compile(
-    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?([\w.-]+)(?:<｜tool▁sep｜>|\n```json\n)(.*?)"
-    r"(?:\n```)?\s*(?:<｜tool▁call▁end｜>|$)",
-    re.DOTALL,
-)
+_DEEPSEEK = re.compile(r"(?:function<｜tool▁sep｜>)?([\w.-]+)(?:<｜tool▁sep｜>|\n```json\n)")
 
 
 def _deepseek(text: str) -> list[Part] | None:
-    return [Part("call", arguments, name) for name, arguments in _DEEPSEEK.findall(text)] or None
+    parts = []
+    for call in text.split("<｜tool▁call▁begin｜>")[1:]:
+        if found := _DEEPSEEK.match(call):
+            arguments, _, _ = call[found.end() :].partition("<｜tool▁call▁end｜>")
+            parts.append(Part("call", arguments.rstrip().removesuffix("\n```"), found[1]))
+    return parts or None
 
 
 def _llama(text: str) -> list[Part] | None:
