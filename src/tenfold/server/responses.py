@@ -116,7 +116,7 @@ class ModelList(Answer):
 
 
 class Health(Answer):
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "failed"]
 
 
 _FAULTS = {
