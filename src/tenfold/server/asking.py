@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 
 import anyio.to_thread
 from anyio import CapacityLimiter
+from pydantic import ValidationError
 
 from tenfold.engine.generation import encode_prompt
 from tenfold.engine.request import Constraint, ModelFacts, TooLong
+from tenfold.parsed import first_problem
 from tenfold.sampling import SamplingParams
 from tenfold.server.errors import ApiError
 from tenfold.server.schemas import ChatRequest, ResponseFormat, Sampling
@@ -47,7 +49,10 @@ def sampling_params(body: Sampling, max_tokens: int, facts: ModelFacts) -> Sampl
         given["top_k"] = body.top_k
     if body.stop is not None:
         given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
-    return SamplingParams(max_tokens=max(max_tokens, 1), ignore_eos=body.ignore_eos, **given)
+    try:
+        return SamplingParams(max_tokens=max(max_tokens, 1), ignore_eos=bool(body.ignore_eos), **given)
+    except ValidationError as error:
+        raise ApiError(400, first_problem(error)) from None
 
 
 def _is_token(token: str | int, vocab_size: int) -> bool:

@@ -61,7 +61,7 @@ def prepare(serving: Serving, body: CompletionRequest) -> tuple[list[Request], l
                 logprobs=body.logprobs,
                 prompt_logprobs=body.logprobs if body.echo else None,
                 constraint=constraint,
-                routes=body.return_experts,
+                routes=bool(body.return_experts),
             )
         )
         if body.echo:
