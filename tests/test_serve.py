@@ -32,7 +32,7 @@ def started(model: Path, *options: str) -> tuple["subprocess.Popen[str]", str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_served_model(tmp_path_factory.mktemp("served"))
+    return write_served_model(tmp_path_factory.mktemp("served"), context=768)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_formats_are_kept_by_random_weights(client: openai.OpenAI) -> None:
         model="tiny",
         messages=HELLO,  # type: ignore[arg-type]
         response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
-        max_tokens=100,
+        max_tokens=300,
         temperature=0,
     )
     content = answer.choices[0].message.content
@@ -110,7 +110,7 @@ def test_random_weights_call_the_tool_that_they_must(client: openai.OpenAI, stre
         messages=HELLO,  # type: ignore[arg-type]
         tools=[tool],  # type: ignore[list-item]
         tool_choice="required",
-        max_tokens=100,
+        max_tokens=300,
         stream=stream,
     )
     if stream:

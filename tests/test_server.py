@@ -176,7 +176,7 @@ def test_formats_become_constraints(client: openai.OpenAI, engine: ScriptedEngin
         client.chat.completions.create(model="toy", messages=HELLO, response_format=form)  # type: ignore[call-overload]
         constraint = engine.requests[-1].constraint
         assert constraint and constraint.kind == "json_schema"
-    assert json.loads(constraint.text) == PARAMETERS
+    assert json.loads(constraint.text).items() >= PARAMETERS.items()
     client.completions.create(model="toy", prompt="x", extra_body={"guided_regex": "[ab]+"})
     assert engine.requests[-1].constraint.kind == "regex"  # type: ignore[union-attr]
 

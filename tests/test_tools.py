@@ -50,7 +50,8 @@ ANSWERS = [
     ("llama3", "Let me see.", [CONTENT]),
     ("deepseek", "Let me see.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
      '```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜>\n'
-     '<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Oslo", "days": 3}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>', [CONTENT, ROME, OSLO]),
+     '<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Oslo", "days": 3}\n```'
+     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>", [CONTENT, ROME, OSLO]),
     ("harmony", "<|channel|>analysis<|message|>which < city?<|end|><|start|>assistant<|channel|>commentary"
      ' to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}', [THOUGHT, ROME]),
     ("harmony", "<|channel|>analysis<|message|>which < city?<|end|><|start|>assistant<|channel|>final"

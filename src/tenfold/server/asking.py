@@ -1,7 +1,7 @@
 """From what a client asks to what an engine is asked."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -85,12 +85,14 @@ def _of_format(form: ResponseFormat | None) -> Constraint | None:
 def _json_schema(schema: dict[str, Any] | str | None) -> Constraint | None:
     if schema is None:
         return None
-    return Constraint("json_schema", schema if isinstance(schema, str) else plain_json(schema))
+    return Constraint("json_schema", schema if isinstance(schema, str) else schema_text(schema))
 
 
-def plain_json(value: Any) -> str:
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """A schema for llguidance. Small models would go on with white space for ever: it is enough to indent."""
+    guidance = {"whitespace_pattern": "[ \\n]{0,20}"}
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json.dumps({"x-guidance": guidance, **schema}, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise ApiError(400, f"a number is not finite: {error}") from None
 

@@ -15,7 +15,7 @@ from pydantic_core import from_json
 
 from tenfold.chat_template import ChatTemplate
 from tenfold.engine.request import Constraint
-from tenfold.server.asking import plain_json
+from tenfold.server.asking import schema_text
 from tenfold.server.reply import Harmony, Marked, Part, Plain, Reader, Thinking, Whole
 
 Schemas = Mapping[str, Mapping[str, Any]]
@@ -192,7 +192,7 @@ def _grammar(notation: Notation, schemas: Schemas) -> str:
     for number, (name, schema) in enumerate(schemas.items()):
         before = notation.before.replace("NAME", name)
         rules.append(f"call_{number}: {before} arguments_{number} {notation.after}")
-        rules.append(f"arguments_{number}: %json {plain_json({'type': 'object', **schema})}")
+        rules.append(f"arguments_{number}: %json {schema_text({'type': 'object', **schema})}")
     return "\n".join(rules)
 
 
