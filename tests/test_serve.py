@@ -191,6 +191,7 @@ def test_a_port_that_is_taken_is_one_line(model: Path) -> None:
 
 
 def test_bad_settings_are_one_line() -> None:
-    for options in (["--price-per-kwh", "1"], ["--port", "99999"], ["--max-sequences", "0"], ["--api-key", ""]):
+    wrong = (["--price-per-kwh", "1"], ["--port", "99999"], ["--max-sequences", "0"], ["--api-key", ""])
+    for options in wrong:
         done = subprocess.run([*TENFOLD, "serve", "nowhere", *options], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
