@@ -52,6 +52,8 @@ ANSWERS = [
      '```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜>\n'
      '<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Oslo", "days": 3}\n```'
      "<｜tool▁call▁end｜><｜tool▁calls▁end｜>", [CONTENT, ROME, OSLO]),
+    ("deepseek", '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Rome"}'
+     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>", [ROME]),
     ("harmony", "<|channel|>analysis<|message|>which < city?<|end|><|start|>assistant<|channel|>commentary"
      ' to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}', [THOUGHT, ROME]),
     ("harmony", "<|channel|>analysis<|message|>which < city?<|end|><|start|>assistant<|channel|>final"
@@ -85,6 +87,24 @@ def test_answers_are_taken_apart_wherever_they_are_cut(
     ends = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
     pieces = [text[start:end] for start, end in pairwise(ends)]
     assert read(dialect_of(name).reader("", SCHEMAS), pieces) == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "more"),
+    [
+        ("chatml", "<tool_call>weather", "<arg_key>"),
+        ("chatml", "<tool_call><function=weather>", "<parameter=a>"),
+        ("deepseek", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>", "\n"),
+        ("mistral", "[TOOL_CALLS]", "[TOOL_CALLS]"),
+        ("llama3", "", "{"),
+        ("harmony", "<|channel|>final<|message|>", "<|"),
+    ],
+)
+def test_what_a_model_repeats_is_read_once(name: str, start: str, more: str) -> None:
+    """A prompt can make it: with the square of a text, this would go on for minutes, and all others wait."""
+    reader = dialect_of(name).reader("", SCHEMAS)
+    parts = [*reader.feed(start + more * 200_000), *reader.finish()]
+    assert {part.kind for part in parts} <= {"content", "call"}
 
 
 def test_a_prompt_may_begin_the_thoughts() -> None:

@@ -56,18 +56,39 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+_GLM = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+_CODER = ("<parameter=", ">", "", "</parameter>")
+
+
 def _hermes(text: str, schemas: Schemas) -> list[Part] | None:
     """Qwen, Hermes: JSON. GLM-4.5: <arg_key>; Qwen3-Coder: <parameter=…>."""
-    for name, argument in (
-        (r"\s*([\w.-]+)\s*(?=<arg_key>|$)", r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"),
-        (r"\s*<function=([\w.-]+)>", r"<parameter=(.*?)>\n?(.*?)\n?</parameter>"),
+    for name, marks in (
+        (r"\s*([\w.-]+)\s*(?=<arg_key>|$)", _GLM),
+        (r"\s*<function=([\w.-]+)>", _CODER),
     ):
         if found := re.match(name, text):
-            pairs = re.findall(argument, text, re.DOTALL)
             types = schemas.get(found[1], {}).get("properties", {})
-            arguments = {key.strip(): _typed(value, types.get(key.strip())) for key, value in pairs}
+            pairs = _pairs(text[found.end() :], marks)
+            arguments = {key: _typed(value, types.get(key)) for key, value in pairs}
             return [Part("call", _dump(arguments), found[1])]
     return _json_calls(text)
+
+
+def _pairs(text: str, marks: tuple[str, str, str, str]) -> list[tuple[str, str]]:
+    """What stands between the first two marks, and between the others. What a model writes may be hostile
+    too: nothing is read twice."""
+    found: list[tuple[str, str]] = []
+    at = 0
+    while True:
+        pair: list[str] = []
+        for opening, closing in (marks[:2], marks[2:]):
+            start = text.find(opening, at)
+            end = text.find(closing, start + len(opening)) if start >= 0 else -1
+            if end < 0:
+                return found
+            pair.append(text[start + len(opening) : end])
+            at = end + len(closing)
+        found.append((pair[0].strip(), pair[1].removeprefix("\n").removesuffix("\n")))
 
 
 def _typed(text: str, schema: Any) -> Any:
@@ -91,15 +112,17 @@ def _mistral(text: str) -> list[Part] | None:
     return [Part("call", call[2], call[1]) for call in calls if call] if all(calls) else None
 
 
-_DEEPSEEK = re.compile(
-    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?([\w.-]+)(?:<｜tool▁sep｜>|\n```json\n)(.*?)"
-    r"(?:\n```)?\s*(?:<｜tool▁call▁end｜>|$)",
-    re.DOTALL,
-)
-
-
 def _deepseek(text: str) -> list[Part] | None:
-    return [Part("call", arguments, name) for name, arguments in _DEEPSEEK.findall(text)] or None
+    """V3 and R1 write a fenced block after the name, V3.1 another separator."""
+    parts = []
+    for call in text.split("<｜tool▁call▁begin｜>")[1:]:
+        said = call.partition("<｜tool▁call▁end｜>")[0].removeprefix("function<｜tool▁sep｜>")
+        middle = "<｜tool▁sep｜>" if "<｜tool▁sep｜>" in said else "\n```json\n"
+        name, _, arguments = said.partition(middle)
+        if not re.fullmatch(r"[\w.-]+", name):
+            return None
+        parts.append(Part("call", arguments.strip().removesuffix("```").rstrip(), name))
+    return parts or None
 
 
 def _llama(text: str) -> list[Part] | None:
