@@ -13,9 +13,9 @@ from tenfold.formats import Packing
 CONTEXT = 256
 
 
-def write_served_model(folder: Path, width: int = 64) -> Path:
+def write_served_model(folder: Path, width: int = 64, context: int = CONTEXT) -> Path:
     """`width` is that of its experts."""
-    sizes = {"max_position_embeddings": CONTEXT, "moe_intermediate_size": width}
+    sizes = {"max_position_embeddings": context, "moe_intermediate_size": width}
     config = preset("demo").model_copy(update=sizes)
     out = folder / "small"
     write_random_pack(out, config, Packing(experts="q4", rest="q8"))

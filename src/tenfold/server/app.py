@@ -88,8 +88,8 @@ def _add_models(app: FastAPI, serving: Serving, locked: list[Any]) -> None:
 def _add_status(app: FastAPI, serving: Serving) -> None:
     @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> JSONResponse:
-        """200 while requests are taken, 503 while the server stops, or when its engine has failed."""
-        status = "draining" if serving.draining else "failed" if serving.engine.stopped else "ok"
+        """200 while requests are taken, 503 while the server stops, or where its engine has."""
+        status = "draining" if serving.draining else "failed" if serving.failed else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}})

@@ -1,15 +1,17 @@
 """From what a client asks to what an engine is asked."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import anyio.to_thread
 from anyio import CapacityLimiter
+from pydantic import ValidationError
 
 from tenfold.engine.generation import encode_prompt
 from tenfold.engine.request import Constraint, ModelFacts, TooLong
+from tenfold.parsed import first_problem
 from tenfold.sampling import SamplingParams
 from tenfold.server.errors import ApiError
 from tenfold.server.schemas import ChatRequest, ResponseFormat, Sampling
@@ -47,7 +49,10 @@ def sampling_params(body: Sampling, max_tokens: int, facts: ModelFacts) -> Sampl
         given["top_k"] = body.top_k
     if body.stop is not None:
         given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
-    return SamplingParams(max_tokens=max(max_tokens, 1), ignore_eos=body.ignore_eos, **given)
+    try:
+        return SamplingParams(max_tokens=max(max_tokens, 1), ignore_eos=bool(body.ignore_eos), **given)
+    except ValidationError as error:
+        raise ApiError(400, first_problem(error)) from None
 
 
 def _is_token(token: str | int, vocab_size: int) -> bool:
@@ -80,12 +85,14 @@ def _of_format(form: ResponseFormat | None) -> Constraint | None:
 def _json_schema(schema: dict[str, Any] | str | None) -> Constraint | None:
     if schema is None:
         return None
-    return Constraint("json_schema", schema if isinstance(schema, str) else plain_json(schema))
+    return Constraint("json_schema", schema if isinstance(schema, str) else schema_text(schema))
 
 
-def plain_json(value: Any) -> str:
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """A schema for llguidance. Small models would go on with white space for ever: it is enough to indent."""
+    guidance = {"whitespace_pattern": "[ \\n]{0,20}"}
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json.dumps({"x-guidance": guidance, **schema}, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise ApiError(400, f"a number is not finite: {error}") from None
 

@@ -29,7 +29,7 @@ from tenfold.server.tokens import TokenTexts, chat_logprobs, told_tokens
 from tenfold.server.tools import Dialect, Schemas, schemas_of
 
 router = APIRouter(route_class=JsonRoute)
-_RESERVED = {"messages", "tools", "documents", "tokenize", "add_generation_prompt"}
+_RESERVED = {"self", "messages", "tools", "documents", "tokenize", "add_generation_prompt"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def prepare(serving: Serving, body: ChatRequest) -> Asked:
         n=body.choices,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         constraint=constraint,
-        routes=body.return_experts,
+        routes=bool(body.return_experts),
     )
     return Asked(request, dialect, prompt, opening, schemas)
 

@@ -46,6 +46,9 @@ def prepare(serving: Serving, body: CompletionRequest) -> tuple[list[Request], l
     """The slow part: tokenises. Also the prompts as text, if they are to be repeated."""
     tokenizer, facts = serving.engine.tokenizer, serving.engine.facts
     params = sampling_params(body, DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens, facts)
+    if body.echo and body.logprobs is not None and body.max_tokens == 1:
+        # Who scores a prompt counts on one token after it (lm-eval does), also where the text would end.
+        params = params.model_copy(update={"ignore_eos": True})
     constraint = asked_constraint(body)
     requests, texts = [], []
     for prompt in body.prompts:
@@ -58,7 +61,7 @@ def prepare(serving: Serving, body: CompletionRequest) -> tuple[list[Request], l
                 logprobs=body.logprobs,
                 prompt_logprobs=body.logprobs if body.echo else None,
                 constraint=constraint,
-                routes=body.return_experts,
+                routes=bool(body.return_experts),
             )
         )
         if body.echo:

@@ -1,6 +1,8 @@
 """What went wrong, with the status and the body that OpenAI's clients expect."""
 
 import logging
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -75,14 +77,26 @@ def api_error(error: BaseException) -> ApiError:
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"] if part != "body"]
-    field = ".".join(where) or None
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem.get("input")
-    if isinstance(given, str | int | float | None) and problem["type"] != "missing":
+    """Where a field may be one of several kinds, what each of them would have to be."""
+    problems = error.errors()
+    first = problems[0]
+    if first["loc"] == ("body",) and first["type"] == "model_attributes_type":
+        return ApiError(400, "send a JSON object, and Content-Type: application/json with it")
+    field = _field(first["loc"])
+    faults = [p["msg"].removeprefix("Value error, ") for p in problems if _field(p["loc"]) == field]
+    message = "; or: ".join(dict.fromkeys(faults[:4]))
+    given = first.get("input")
+    if isinstance(given, str | int | float | None) and first["type"] != "missing":
         message += f", not {given!r:.100}"
-    return ApiError(400, f"{field}: {message}" if field else message, param=field)
+    return ApiError(400, f"{field}: {message}" if field else message, param=field or None)
+
+
+_KIND = re.compile(r"body|str|int|bool|float|constrained-.*|literal.*|.*\[.*|[A-Z]\w*")
+"""What pydantic puts among the names of fields: the kinds that a value was tried as."""
+
+
+def _field(where: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in where if not _KIND.fullmatch(str(part)))
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -5,7 +5,7 @@ Unknown fields are ignored, as clients send more than any server knows. Everythi
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 MAX_CHOICES = 128
 """Texts that one request may ask for, of all its prompts together."""
@@ -23,6 +23,17 @@ class OneError(FailFast):
     __hash__ = object.__hash__
 
 
+def few(most: int) -> BeforeValidator:
+    """The same for an object: not even looked into where it has too many fields."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"{len(value)} entries are too many, {most} are allowed")
+        return value
+
+    return BeforeValidator(check)
+
+
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_ID)]], OneError(), Field(max_length=1 << 20)]
 Texts = Annotated[list[str], OneError(), Field(max_length=MAX_CHOICES)]
@@ -37,7 +48,7 @@ class Schema(BaseModel):
 
 
 class StreamOptions(Schema):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Sampling(Schema):
@@ -51,11 +62,11 @@ class Sampling(Schema):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, Bias] | None, few(1024)] = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Stops | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     max_tokens: int | None = Field(None, ge=0, le=MAX_ID)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
@@ -63,7 +74,7 @@ class Sampling(Schema):
     guided_json: dict[str, Any] | Grammar | None = None
     guided_regex: Grammar | None = None
     guided_grammar: Grammar | None = Field(None, description="in Lark's notation")
-    return_experts: bool = Field(False, description="tell with each token which experts made it")
+    return_experts: bool | None = Field(None, description="tell with each token which experts made it")
 
     @property
     def choices(self) -> int:
@@ -71,7 +82,7 @@ class Sampling(Schema):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @model_validator(mode="after")
     def _one_constraint(self) -> Self:
@@ -151,8 +162,8 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], OneError(), Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     reasoning_effort: str | None = Field(None, max_length=20)
-    chat_template_kwargs: Annotated[dict[Name, bool | int | float | str], Field(max_length=16)] | None = (
-        Field(None, description="what this model's chat template knows besides, such as enable_thinking")
+    chat_template_kwargs: Annotated[dict[Name, bool | int | float | str] | None, few(16)] = Field(
+        None, description="what this model's chat template knows besides, such as enable_thinking"
     )
 
     @model_validator(mode="after")
@@ -175,7 +186,7 @@ class CompletionRequest(Sampling):
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], OneError(), Field(max_length=MAX_CHOICES)]
     suffix: str | None = Field(None, max_length=0, description="not supported")
     best_of: int | None = Field(None, description="not supported, unless it is n")
-    echo: bool = False
+    echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
 
     @property

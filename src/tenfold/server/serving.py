@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fastapi import Request as HttpRequest
 from starlette.types import Receive
 
-from tenfold.engine.request import Answer, AsyncEngine, Meter, Piece, Request
+from tenfold.engine.request import Answer, AsyncEngine, Meter, Piece, Request, Stopped
 from tenfold.server.asking import Workers
 from tenfold.server.cost import Prices
 from tenfold.server.errors import ApiError
@@ -41,6 +41,8 @@ class Serving:
     dialect: Dialect | None
     """None where there is no chat template."""
     draining: bool = False
+    failed: bool = False
+    """The engine takes no more requests, though nobody stopped it."""
     started: int = field(default_factory=lambda: int(time()))
 
     @property
@@ -59,30 +61,28 @@ class Serving:
 
     async def submit(self, requests: Sequence[Request]) -> "Answers":
         """All of them, or none. Raises what the engine raises."""
+        if requests[0].constraint is None:
+            answers, error = self._submit(requests)
+        else:  # compiling it may take seconds
+            work = asyncio.create_task(self.workers.run(partial(self._submit, requests)))
+            try:
+                answers, error = await asyncio.shield(work)
+            except asyncio.CancelledError as cancelled:
+                answers, error = (await work)[0], cancelled
+        if error is not None:
+            self.failed = self.failed or isinstance(error, Stopped)
+            await asyncio.gather(*(answer.aclose() for answer in answers))
+            raise error
+        return Answers(answers, requests, self)
+
+    def _submit(self, requests: Sequence[Request]) -> tuple[list[Answer], BaseException | None]:
         answers: list[Answer] = []
         try:
             for request in requests:
-                answers.append(await self._submit(request))  # noqa: PERF401 (those before one that fails)
-        except BaseException:
-            await asyncio.gather(*(answer.aclose() for answer in answers))
-            raise
-        return Answers(answers, requests, self)
-
-    async def _submit(self, request: Request) -> Answer:
-        """Constraints take up to seconds to compile, which the event loop must not wait for."""
-        if request.constraint is None:
-            return self.engine.submit(request)
-        submitting = asyncio.ensure_future(self.workers.run(partial(self.engine.submit, request)))
-        try:
-            return await asyncio.shield(submitting)
-        except asyncio.CancelledError:  # an answer that comes yet is nobody's
-            submitting.add_done_callback(_close)
-            raise
-
-
-def _close(submitting: "asyncio.Future[Answer]") -> None:
-    if not submitting.cancelled() and submitting.exception() is None:
-        asyncio.ensure_future(submitting.result().aclose())  # noqa: RUF006
+                answers.append(self.engine.submit(request))  # noqa: PERF401 (those before one that fails)
+        except Exception as error:
+            return answers, error
+        return answers, None
 
 
 class Answers:

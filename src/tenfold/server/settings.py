@@ -1,7 +1,7 @@
 """How to serve. Apart from the serving, so that the command line can read it without FastAPI."""
 
 import os
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,7 +18,7 @@ class ServeSettings(BaseModel):
     model_name: str | None = Field(
         None, min_length=1, description="what clients call the model; by default the last part of its path"
     )
-    api_key: list[str] = Field(
+    api_key: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         description=f"clients must give it, or another one of several; also read from {KEY_VARIABLE}",
     )

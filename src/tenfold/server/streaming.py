@@ -14,6 +14,8 @@ from tenfold.server.serving import Answers, disconnected
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
+_LAST_SECONDS = 5
+
 
 def event(content: Any) -> bytes:
     return b"data: %s\n\n" % json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
@@ -55,4 +57,6 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": event(content), "more_body": True})
         except Exception as error:
             last = event(api_error(error).body)
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        with suppress(TimeoutError):  # of a client that does not read: the server then closes the connection
+            async with asyncio.timeout(_LAST_SECONDS):
+                await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -6,7 +6,7 @@ the tool, and a grammar leads the rest.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic_core import from_json
 
 from tenfold.chat_template import ChatTemplate
 from tenfold.engine.request import Constraint
-from tenfold.server.asking import plain_json
+from tenfold.server.asking import schema_text
 from tenfold.server.reply import Harmony, Marked, Part, Plain, Reader, Thinking, Whole
 
 Schemas = Mapping[str, Mapping[str, Any]]
@@ -56,32 +56,39 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+_GLM = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+_CODER = ("<parameter=", ">", "", "</parameter>")
+
+
 def _hermes(text: str, schemas: Schemas) -> list[Part] | None:
     """Qwen, Hermes: JSON. GLM-4.5: <arg_key>; Qwen3-Coder: <parameter=…>."""
     for name, marks in (
-        (r"\s*([\w.-]+)\s*(?=<arg_key>|$)", ("<arg_key>", "<arg_value>", "</arg_value>")),
-        (r"\s*<function=([\w.-]+)>", ("<parameter=", ">", "</parameter>")),
+        (r"\s*([\w.-]+)\s*(?=<arg_key>|$)", _GLM),
+        (r"\s*<function=([\w.-]+)>", _CODER),
     ):
         if found := re.match(name, text):
-            types = schemas.get(found[1], {}).get("properties")
-            types = types if isinstance(types, Mapping) else {}
-            arguments = {key: _typed(value, types.get(key)) for key, value in _pairs(text, *marks)}
+            types = schemas.get(found[1], {}).get("properties", {})
+            pairs = _pairs(text[found.end() :], marks)
+            arguments = {key: _typed(value, types.get(key)) for key, value in pairs}
             return [Part("call", _dump(arguments), found[1])]
     return _json_calls(text)
 
 
-def _pairs(text: str, before: str, between: str, after: str) -> Iterator[tuple[str, str]]:
-    """Names and values of arguments. A regular expression takes cubic time for many that begin and never end,
-    and clients can have a model write that."""
-    end = 0
-    while (
-        (begin := text.find(before, end)) >= 0
-        and (middle := text.find(between, begin + len(before))) >= 0
-        and (end := text.find(after, middle)) >= 0
-    ):
-        name = text[begin + len(before) : middle].strip().removesuffix("</arg_key>").strip()
-        value = text[middle + len(between) : end]
-        yield name, value if between == "<arg_value>" else value.removeprefix("\n").removesuffix("\n")
+def _pairs(text: str, marks: tuple[str, str, str, str]) -> list[tuple[str, str]]:
+    """What stands between the first two marks, and between the others. What a model writes may be hostile
+    too: nothing is read twice."""
+    found: list[tuple[str, str]] = []
+    at = 0
+    while True:
+        pair: list[str] = []
+        for opening, closing in (marks[:2], marks[2:]):
+            start = text.find(opening, at)
+            end = text.find(closing, start + len(opening)) if start >= 0 else -1
+            if end < 0:
+                return found
+            pair.append(text[start + len(opening) : end])
+            at = end + len(closing)
+        found.append((pair[0].strip(), pair[1].removeprefix("\n").removesuffix("\n")))
 
 
 def _typed(text: str, schema: Any) -> Any:
@@ -105,15 +112,16 @@ def _mistral(text: str) -> list[Part] | None:
     return [Part("call", call[2], call[1]) for call in calls if call] if all(calls) else None
 
 
-_DEEPSEEK = re.compile(r"(?:function<｜tool▁sep｜>)?([\w.-]+)(?:<｜tool▁sep｜>|\n```json\n)")
-
-
 def _deepseek(text: str) -> list[Part] | None:
+    """V3 and R1 write a fenced block after the name, V3.1 another separator."""
     parts = []
     for call in text.split("<｜tool▁call▁begin｜>")[1:]:
-        if found := _DEEPSEEK.match(call):
-            arguments, _, _ = call[found.end() :].partition("<｜tool▁call▁end｜>")
-            parts.append(Part("call", arguments.rstrip().removesuffix("\n```"), found[1]))
+        said = call.partition("<｜tool▁call▁end｜>")[0].removeprefix("function<｜tool▁sep｜>")
+        middle = "<｜tool▁sep｜>" if "<｜tool▁sep｜>" in said else "\n```json\n"
+        name, _, arguments = said.partition(middle)
+        if not re.fullmatch(r"[\w.-]+", name):
+            return None
+        parts.append(Part("call", arguments.strip().removesuffix("```").rstrip(), name))
     return parts or None
 
 
@@ -207,7 +215,7 @@ def _grammar(notation: Notation, schemas: Schemas) -> str:
     for number, (name, schema) in enumerate(schemas.items()):
         before = notation.before.replace("NAME", name)
         rules.append(f"call_{number}: {before} arguments_{number} {notation.after}")
-        rules.append(f"arguments_{number}: %json {plain_json({'type': 'object', **schema})}")
+        rules.append(f"arguments_{number}: %json {schema_text({'type': 'object', **schema})}")
     return "\n".join(rules)
 
 
