@@ -7,6 +7,9 @@
 namespace tenfold {
 namespace {
 
+// Zeros that nothing reads would have to come through the caches first, which weights have just gone through.
+Floats floats(size_t count) { return std::make_unique_for_overwrite<float[]>(count); }
+
 // Turn the first rotary_dim dimensions of a head; cos and sin are rows of rotary_dim / 2.
 void turn(float* head, int rotary_dim, bool interleave, const float* cos, const float* sin) {
     const int half = rotary_dim / 2;
@@ -35,20 +38,19 @@ void prepare(const Kernels& kernels, const Attention& layer, const float* norm, 
 
 void run_swiglu(Pool& pool, const Kernels& kernels, const SwiGLU& layer, const float* x, int tokens, float* y) {
     const int F = layer.down.matrix.columns;
-    std::vector<float> wide(static_cast<size_t>(tokens) * 2 * F), narrow(static_cast<size_t>(tokens) * F);
-    linear(pool, kernels, {{layer.gate_up.matrix, layer.gate_up.bias, wide.data()}}, x, tokens);
+    const Floats wide = floats(static_cast<size_t>(tokens) * 2 * F), narrow = floats(static_cast<size_t>(tokens) * F);
+    linear(pool, kernels, {{layer.gate_up.matrix, layer.gate_up.bias, wide.get()}}, x, tokens);
     pool.run(tokens, 4, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++)
             kernels.swiglu(&wide[t * 2 * F], &wide[t * 2 * F + F], F, false, &narrow[t * F]);
     });
-    linear(pool, kernels, {{layer.down.matrix, layer.down.bias, y}}, narrow.data(), tokens);
+    linear(pool, kernels, {{layer.down.matrix, layer.down.bias, y}}, narrow.get(), tokens);
 }
 
 }  // namespace
 
-std::vector<float> DecoderLayer::normed(Pool& pool, const Kernels& kernels, const float* norm, const float* x,
-                                        int tokens) const {
-    std::vector<float> out(static_cast<size_t>(tokens) * hidden);
+Floats DecoderLayer::normed(Pool& pool, const Kernels& kernels, const float* norm, const float* x, int tokens) const {
+    Floats out = floats(static_cast<size_t>(tokens) * hidden);
     pool.run(tokens, 8, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++) kernels.rms_norm(x + t * hidden, norm, hidden, eps, &out[t * hidden]);
     });
@@ -57,9 +59,8 @@ std::vector<float> DecoderLayer::normed(Pool& pool, const Kernels& kernels, cons
 
 template <class F>
 void DecoderLayer::add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const {
-    const std::vector<float> in = normed(pool, kernels, norm, x, tokens);
-    std::vector<float> out(in.size());
-    f(in.data(), out.data());
+    const Floats in = normed(pool, kernels, norm, x, tokens), out = floats(static_cast<size_t>(tokens) * hidden);
+    f(in.get(), out.get());
     pool.run(tokens, 8, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++) kernels.add_scaled(&out[t * hidden], residual, hidden, x + t * hidden);
     });
@@ -82,8 +83,8 @@ void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, i
     const Router& router = feed_forward.router;
     std::vector<int32_t> ids(static_cast<size_t>(tokens) * router.top_k);
     std::vector<float> weights(ids.size());
-    const std::vector<float> in = normed(pool, kernels, post_norm, x, tokens);
-    route(pool, kernels, router, in.data(), tokens, ids.data(), weights.data());
+    const Floats in = normed(pool, kernels, post_norm, x, tokens);
+    route(pool, kernels, router, in.get(), tokens, ids.data(), weights.data());
     experts.store->foresee(experts.layer, ids);
 }
 
@@ -93,11 +94,12 @@ void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache
     const Heads& heads = layer.heads;
     const int tokens = places.tokens, d = heads.head_dim, half = layer.rotary_dim / 2;
     const size_t wide = static_cast<size_t>(heads.heads) * d, narrow = static_cast<size_t>(heads.kv_heads) * d;
-    std::vector<float> q(tokens * wide), k(tokens * narrow), v(tokens * narrow), out(tokens * wide);
+    const Floats q = floats(tokens * wide), k = floats(tokens * narrow), v = floats(tokens * narrow),
+                 out = floats(tokens * wide);
     linear(pool, kernels,
-           {{layer.q.matrix, layer.q.bias, q.data()},
-            {layer.k.matrix, layer.k.bias, k.data()},
-            {layer.v.matrix, layer.v.bias, v.data()}},
+           {{layer.q.matrix, layer.q.bias, q.get()},
+            {layer.k.matrix, layer.k.bias, k.get()},
+            {layer.v.matrix, layer.v.bias, v.get()}},
            x, tokens);
     if (layer.q_norm && !layer.norm_per_head) {
         pool.run(tokens, 8, [&](size_t begin, size_t end) {
@@ -117,8 +119,8 @@ void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache
         cache.write(places.blocks_of(t)[position / cache.block_size], static_cast<int>(h), position % cache.block_size,
                     &k[t * narrow + h * d], &v[t * narrow + h * d], d);
     };
-    tenfold::attend(pool, kernels, heads, cache, q.data(), places, prepare_heads, out.data());
-    linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.data(), tokens);
+    tenfold::attend(pool, kernels, heads, cache, q.get(), places, prepare_heads, out.get());
+    linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.get(), tokens);
 }
 
 void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, int32_t* chosen,
@@ -132,8 +134,8 @@ void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int 
     if (chosen) std::copy(ids.begin(), ids.end(), chosen);
     run_experts(pool, kernels, layer.experts, x, tokens, ids.data(), weights.data(), K, y);
     if (!layer.has_dense) return;
-    std::vector<float> shared(static_cast<size_t>(tokens) * hidden);
-    run_swiglu(pool, kernels, layer.dense, x, tokens, shared.data());
+    const Floats shared = floats(static_cast<size_t>(tokens) * hidden);
+    run_swiglu(pool, kernels, layer.dense, x, tokens, shared.get());
     for (int t = 0; t < tokens; t++) {
         const size_t at = static_cast<size_t>(t) * hidden;
         float gate = 1;

@@ -1,11 +1,15 @@
 // One decoder layer on some tokens: norm, attention, norm, feed-forward, each added to the residual stream.
 #pragma once
 
+#include <memory>
+
 #include "attention.hpp"
 #include "experts.hpp"
 #include "router.hpp"
 
 namespace tenfold {
+
+using Floats = std::unique_ptr<float[]>;
 
 struct Linear {
     Matrix matrix;
@@ -51,7 +55,7 @@ struct DecoderLayer {
     void foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens) const;
 
 private:
-    std::vector<float> normed(Pool& pool, const Kernels& kernels, const float* norm, const float* x, int tokens) const;
+    Floats normed(Pool& pool, const Kernels& kernels, const float* norm, const float* x, int tokens) const;
     template <class F>
     void add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const;
     void attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
