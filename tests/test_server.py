@@ -387,6 +387,7 @@ def test_an_engine_that_failed_is_no_healthy_server(monkeypatch: pytest.MonkeyPa
     engine = ScriptedEngine()
     monkeypatch.setattr(engine, "submit", failed)
     with served(engine) as url:
+        engine.stopped = "its disk is gone"
         with pytest.raises(openai.InternalServerError, match="its disk is gone"):
             client_of(url).completions.create(model="toy", prompt="x")
         answer = httpx.get(f"{url}/health")

@@ -89,7 +89,7 @@ def _add_status(app: FastAPI, serving: Serving) -> None:
     @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> JSONResponse:
         """200 while requests are taken, 503 while the server stops, or where its engine has."""
-        status = "draining" if serving.draining else "failed" if serving.failed else "ok"
+        status = "draining" if serving.draining else "failed" if serving.engine.stopped else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}})

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fastapi import Request as HttpRequest
 from starlette.types import Receive
 
-from tenfold.engine.request import Answer, AsyncEngine, Meter, Piece, Request, Stopped
+from tenfold.engine.request import Answer, AsyncEngine, Meter, Piece, Request
 from tenfold.server.asking import Workers
 from tenfold.server.cost import Prices
 from tenfold.server.errors import ApiError
@@ -41,8 +41,6 @@ class Serving:
     dialect: Dialect | None
     """None where there is no chat template."""
     draining: bool = False
-    failed: bool = False
-    """The engine takes no more requests, though nobody stopped it."""
     started: int = field(default_factory=lambda: int(time()))
 
     @property
@@ -70,7 +68,6 @@ class Serving:
             except asyncio.CancelledError as cancelled:
                 answers, error = (await work)[0], cancelled
         if error is not None:
-            self.failed = self.failed or isinstance(error, Stopped)
             await asyncio.gather(*(answer.aclose() for answer in answers))
             raise error
         return Answers(answers, requests, self)
