@@ -22,8 +22,8 @@ first: list[float] = []
 dice = random.Random(LOAD["seed"])
 
 
-class Caller(HttpUser):
-    @task
+class Caller(HttpUser):  # type: ignore[misc]
+    @task  # type: ignore[untyped-decorator]
     def complete(self) -> None:
         ids = [dice.randrange(256, LOAD["vocab_size"] - 1) for _ in range(LOAD["prompt"])]
         # Drawn at random, or a random model would soon repeat itself, and its experts with it.
