@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold import compiled
@@ -44,16 +45,17 @@ class PackedBatchRunner:
         self._keys, self._values = ([self._new_cache() for _ in self.native.layers] for _ in "kv")
         self.decoder = compiled.module().Decoder(
             layers=self.native.layers,
-            keys=[cache.data_ptr() for cache in self._keys],
-            values=[cache.data_ptr() for cache in self._values],
+            keys=[cache.ctypes.data for cache in self._keys],
+            values=[cache.ctypes.data for cache in self._values],
             block_size=BLOCK_SIZE,
         )
 
-    def _new_cache(self) -> Tensor:
-        """Of keys or values, in the kernels' own layout. Numpy's zeros take memory only as they are used."""
+    def _new_cache(self) -> NDArray[np.uint16]:
+        """Of keys or values, bf16 in the kernels' own layout. Numpy's zeros take memory only as they are
+        used, and numpy clears them in a fork too, where torch would wait for threads that are not there."""
         width = 0 if self.config.is_latent else -(-self.config.head_dim // WIDTH) * WIDTH
         shape = (self.num_blocks, self.config.num_key_value_heads, BLOCK_SIZE * width)
-        return torch.from_numpy(np.zeros(shape, np.uint16)).view(torch.bfloat16)
+        return np.zeros(shape, np.uint16)
 
     @torch.inference_mode()
     def begin(self, chunks: Sequence[Chunk]) -> "PackedPass":
@@ -70,7 +72,7 @@ class PackedBatchRunner:
     def clear(self, blocks: Sequence[int]) -> None:
         """Values beyond the last position have no weight, but no weight times NaN is NaN."""
         for values in self._values:
-            values[blocks] = 0
+            values[list(blocks)] = 0
 
     def logits(self, x_ND: Tensor) -> Tensor:
         config = self.config
