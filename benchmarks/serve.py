@@ -154,11 +154,13 @@ def _users(bench: Bench, users: int, target: float) -> Iterator[Row]:
         for name in names[:: -1 if turn % 2 else 1]:
             found = bench.load(bench.server(name).url, users, turn)
             speeds[name].append(found["tokens_per_second"])
-            firsts[name].append(found["first_token_seconds"])
+            if found["first_token_seconds"] is not None:  # or nobody asked after the warm-up
+                firsts[name].append(found["first_token_seconds"])
     ours, peer = (statistics.median(speeds[name]) for name in names)
     yield row(f"{users} users, tokens of all of them", ours, peer, target)
-    ours, peer = (statistics.median(firsts[name]) for name in names)
-    yield row(f"{users} users, time to first token", ours, peer, None, "s")
+    if all(firsts.values()):
+        ours, peer = (statistics.median(firsts[name]) for name in names)
+        yield row(f"{users} users, time to first token", ours, peer, None, "s")
 
 
 def users8(bench: Bench) -> Iterator[Row]:

@@ -25,6 +25,8 @@ from tenfold.tokenizer import Tokenizer
 
 PIECE = 512
 """Tokens of prompts that go through the layers at once. Prompts that are longer are cut at its multiples."""
+ALONG = 128
+"""Tokens of short prompts, at most, that go with those who decode: the same experts are read for both."""
 BREATH = 0.05
 """Seconds for which a prompt goes on, if nobody decodes, before anybody else is heard."""
 
@@ -34,9 +36,10 @@ News = tuple[Job, Piece | TenfoldError]
 class Scheduler:
     """Call `step` while it is `busy`; everything from one thread, but for `prepare`.
 
-    A step decodes one token of every sequence that is that far, in one pass, and then lets one pass of
-    prompts go on for as long as that took. First come, first served, but for this: a pass of prompts lets
-    smaller ones past it, and then has as long for itself as they took. Nobody waits for ever.
+    A step decodes one token of every sequence that is that far, in one pass, short prompts along with them,
+    and then lets one pass of prompts go on for as long as that took. First come, first served, but for this: a
+    pass of prompts lets smaller ones past it, and then has as long for itself as they took. Nobody waits for
+    ever.
 
     Where the KV cache is full, the youngest gives way, and is computed anew when there is room. The oldest
     never does, and every sequence fits alone, so that all come to their end.
@@ -191,6 +194,9 @@ class Scheduler:
             return 0.0
         guessing = time.perf_counter() - start
         chunks = [(seq, seq.chunk(1, self._fitting(seq, guesses[seq]))) for seq in ready]
+        room = self._runner.max_tokens - sum(len(chunk.ids) for _, chunk in chunks)
+        if prompts := self._together(self._unread(), min(room, ALONG)):
+            return self._decode_now([*chunks, *prompts], guessing)[0]
         seconds, tokens = self._decode_now(chunks, guessing)
         drafted = any(len(chunk.ids) > 1 for _, chunk in chunks)
         self._speculation.learn(len(ready), drafted, tokens, seconds)
@@ -323,7 +329,7 @@ class Scheduler:
 
     def _next_prompts(self) -> list[tuple[Seq, Chunk]]:
         """Prompts, or pieces of them, that begin a pass now: where none is under way, or past one that is."""
-        ready = [seq for seq in self.active if not seq.decoding and self._flight_of(seq) is None]
+        ready = self._unread()
         if not ready:
             return []
         if self._flights:
@@ -336,6 +342,10 @@ class Scheduler:
         self._longest_had_turn = True
         size = self._tokens(ready[0])
         return [(ready[0], ready[0].chunk(size)), *self._together(ready[1:], self._piece - size)]
+
+    def _unread(self) -> list[Seq]:
+        """Whose prompts are next."""
+        return [seq for seq in self.active if not seq.decoding and self._flight_of(seq) is None]
 
     def _together(self, ready: Sequence[Seq], room: int) -> list[tuple[Seq, Chunk]]:
         """Those that a pass of `room` tokens finishes."""
