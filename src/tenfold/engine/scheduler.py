@@ -37,9 +37,9 @@ class Scheduler:
     """Call `step` while it is `busy`; everything from one thread, but for `prepare`.
 
     A step decodes one token of every sequence that is that far, in one pass, short prompts along with them,
-    and then lets one pass of prompts go on for as long as that took. First come, first served, but for this: a
-    pass of prompts lets smaller ones past it, and then has as long for itself as they took. Nobody waits for
-    ever.
+    and then lets one pass of prompts go on for as long as that took. First come, first served, but for
+    this: a pass of prompts lets smaller ones past it, and then has as long for itself as they took. Nobody
+    waits for ever.
 
     Where the KV cache is full, the youngest gives way, and is computed anew when there is room. The oldest
     never does, and every sequence fits alone, so that all come to their end.
