@@ -47,9 +47,7 @@ void run_swiglu(Pool& pool, const Kernels& kernels, const SwiGLU& layer, const f
     linear(pool, kernels, {{layer.down.matrix, layer.down.bias, y}}, narrow.get(), tokens);
 }
 
-}  // namespace
-
-Floats DecoderLayer::normed(Pool& pool, const Kernels& kernels, const float* norm, const float* x, int tokens) const {
+Floats normed(Pool& pool, const Kernels& kernels, const float* norm, int hidden, float eps, const float* x, int tokens) {
     Floats out = floats(static_cast<size_t>(tokens) * hidden);
     pool.run(tokens, 8, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++) kernels.rms_norm(x + t * hidden, norm, hidden, eps, &out[t * hidden]);
@@ -57,9 +55,12 @@ Floats DecoderLayer::normed(Pool& pool, const Kernels& kernels, const float* nor
     return out;
 }
 
+}  // namespace
+
 template <class F>
 void DecoderLayer::add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const {
-    const Floats in = normed(pool, kernels, norm, x, tokens), out = floats(static_cast<size_t>(tokens) * hidden);
+    const Floats in = normed(pool, kernels, norm, hidden, eps, x, tokens),
+                 out = floats(static_cast<size_t>(tokens) * hidden);
     f(in.get(), out.get());
     pool.run(tokens, 8, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++) kernels.add_scaled(&out[t * hidden], residual, hidden, x + t * hidden);
@@ -83,7 +84,7 @@ void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, i
     const Router& router = feed_forward.router;
     std::vector<int32_t> ids(static_cast<size_t>(tokens) * router.top_k);
     std::vector<float> weights(ids.size());
-    const Floats in = normed(pool, kernels, post_norm, x, tokens);
+    const Floats in = normed(pool, kernels, post_norm, hidden, eps, x, tokens);
     route(pool, kernels, router, in.get(), tokens, ids.data(), weights.data());
     experts.store->foresee(experts.layer, ids);
 }
@@ -142,6 +143,12 @@ void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int 
         if (layer.dense_gate) gate = 1 / (1 + std::exp(-kernels.product(x + at, layer.dense_gate, hidden)));
         kernels.add_scaled(&shared[at], gate, hidden, y + at);
     }
+}
+
+void Head::run(Pool& pool, const Kernels& kernels, const float* x, int tokens, float* logits) const {
+    const int D = linear.matrix.columns;
+    const Floats in = normed(pool, kernels, norm, D, eps, x, tokens);
+    tenfold::linear(pool, kernels, {{linear.matrix, linear.bias, logits}}, in.get(), tokens);
 }
 
 }  // namespace tenfold

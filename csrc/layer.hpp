@@ -55,12 +55,21 @@ struct DecoderLayer {
     void foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens) const;
 
 private:
-    Floats normed(Pool& pool, const Kernels& kernels, const float* norm, const float* x, int tokens) const;
     template <class F>
     void add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const;
     void attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
                 float* y) const;
     void feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, int32_t* chosen, float* y) const;
+};
+
+// What follows the last layer: its norm and the vocabulary's matrix.
+struct Head {
+    Linear linear;
+    const float* norm;
+    float eps;
+
+    // logits (tokens, vocabulary) of x (tokens, D).
+    void run(Pool& pool, const Kernels& kernels, const float* x, int tokens, float* logits) const;
 };
 
 }  // namespace tenfold

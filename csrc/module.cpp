@@ -1,6 +1,7 @@
 // What Python sees. Tensors cross as addresses: tenfold/kernels/native.py checks them and keeps them alive.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 #include <pthread.h>
 
@@ -9,6 +10,8 @@
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <tuple>
 
 #include "ceilings.hpp"
 #include "crc32.hpp"
@@ -94,6 +97,35 @@ void work(const F& f) {
     while (!try_work(f)) hear_signals();
 }
 
+// The chunks of a pass (engine/batch.py) as the kernels need them. Here and not in Python, which would take longer
+// than a layer of one token: all that it touches has left the caches since the token before.
+struct Chunks {
+    using Chunk = std::tuple<std::vector<int32_t>, int, std::vector<int32_t>, int>;  // blocks, start, ids, wanted
+
+    std::vector<int32_t> tables, sequences, positions, ids;
+    std::vector<int32_t> rows;  // tokens whose logits are wanted
+    size_t width = 0;  // of the tables
+
+    Chunks(const std::vector<Chunk>& chunks, int num_blocks) {
+        for (const auto& [blocks, start, tokens, wanted] : chunks) width = std::max(width, blocks.size());
+        for (const auto& [blocks, start, tokens, wanted] : chunks) {
+            for (const int32_t block : blocks)
+                if (block < 0 || block >= num_blocks) throw std::out_of_range("a chunk's block is none of the cache's");
+            sequences.insert(sequences.end(), tokens.size(), static_cast<int32_t>(tables.size() / width));
+            tables.insert(tables.end(), blocks.begin(), blocks.end());
+            tables.resize(tables.size() + width - blocks.size());
+            for (size_t i = 0; i < tokens.size(); i++) positions.push_back(start + static_cast<int32_t>(i));
+            ids.insert(ids.end(), tokens.begin(), tokens.end());
+            for (int row = this->tokens() - wanted; row < this->tokens(); row++) rows.push_back(row);
+        }
+    }
+
+    int tokens() const { return static_cast<int>(ids.size()); }
+    Places places() const {
+        return {tables.data(), static_cast<int>(width), sequences.data(), positions.data(), tokens()};
+    }
+};
+
 // Layers [first, end), each the feed-forward of the layer before it and then its own attention: the last layer's
 // feed-forward is left, for only tokens that predict need it. One call for all: between layers Python would find
 // its own code gone from the caches, for the weights that came through. A prompt or a disk, where that matters
@@ -101,10 +133,12 @@ void work(const F& f) {
 struct Decoder {
     std::vector<DecoderLayer> layers;
     std::vector<Cache> caches;
+    Head head;
 
     // `chosen` (layers, tokens, top_k) is told which experts were used, where it is not 0.
-    void operator()(Address x, const Places& places, size_t first, size_t end, Address chosen, int top_k) const {
+    void operator()(Address x, const Chunks& chunks, size_t first, size_t end, Address chosen, int top_k) const {
         const auto start = std::chrono::steady_clock::now();
+        const Places places = chunks.places();
         const int tokens = places.tokens;
         for (size_t n = first; n < end; hear_signals()) {
             try_work([&](Pool& pool, const Kernels& set) {
@@ -121,6 +155,21 @@ struct Decoder {
                 if (whole && tokens <= FEW && store()) store()->look_ahead.step(seconds_since(start));
             });
         }
+    }
+
+    // What is left after all layers, for the tokens whose logits are wanted: the last feed-forward, and those.
+    void finish(Address x, const Chunks& chunks, Address chosen, Address logits) const {
+        const DecoderLayer& last = layers.back();
+        const int count = static_cast<int>(chunks.rows.size());
+        std::vector<float> kept;
+        for (const int32_t row : chunks.rows) {
+            const float* from = at<const float>(x) + static_cast<size_t>(row) * last.hidden;
+            kept.insert(kept.end(), from, from + last.hidden);
+        }
+        work([&](Pool& pool, const Kernels& set) {
+            last.run_feed_forward(pool, set, kept.data(), count, at<int32_t>(chosen));
+        });
+        work([&](Pool& pool, const Kernels& set) { head.run(pool, set, kept.data(), count, at<float>(logits)); });
     }
 
 private:
@@ -282,17 +331,17 @@ NB_MODULE(_native, m) {
             });
         }, "x"_a, "tokens"_a, "chosen"_a = 0);
 
-    nb::class_<Places>(m, "Places")
-        .def(nb::new_([](Address tables, int table_width, Address sequences, Address positions, int tokens) {
-                 return Places{at<const int32_t>(tables), table_width, at<const int32_t>(sequences),
-                               at<const int32_t>(positions), tokens};
-             }),
-             "tables"_a, "table_width"_a, "sequences"_a, "positions"_a, "tokens"_a);
+    nb::class_<Chunks>(m, "Chunks")
+        .def(nb::init<const std::vector<Chunks::Chunk>&, int>(), "chunks"_a, "num_blocks"_a)
+        .def_prop_ro("tokens", &Chunks::tokens)
+        .def_prop_ro("wanted", [](const Chunks& self) { return self.rows.size(); })
+        .def_prop_ro("ids", [](const Chunks& self) { return reinterpret_cast<Address>(self.ids.data()); });
 
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::new_([](const std::vector<DecoderLayer>& layers, const std::vector<Address>& keys,
-                         const std::vector<Address>& values, int block_size) {
-                 Decoder made{layers, {}};
+                         const std::vector<Address>& values, int block_size, const Linear& head, Address norm,
+                         float eps) {
+                 Decoder made{layers, {}, {head, at<const float>(norm), eps}};
                  for (size_t n = 0; n < layers.size(); n++) {
                      const Heads& heads = layers[n].attention.heads;
                      made.caches.push_back({at<uint16_t>(keys[n]), at<uint16_t>(values[n]), block_size, heads.kv_heads,
@@ -300,8 +349,9 @@ NB_MODULE(_native, m) {
                  }
                  return made;
              }),
-             "layers"_a, "keys"_a, "values"_a, "block_size"_a)
-        .def("__call__", &Decoder::operator(), "x"_a, "places"_a, "first"_a, "end"_a, "chosen"_a, "top_k"_a);
+             "layers"_a, "keys"_a, "values"_a, "block_size"_a, "head"_a, "norm"_a, "eps"_a)
+        .def("__call__", &Decoder::operator(), "x"_a, "chunks"_a, "first"_a, "end"_a, "chosen"_a, "top_k"_a)
+        .def("finish", &Decoder::finish, "x"_a, "chunks"_a, "chosen"_a, "logits"_a);
 
     m.def("busy_seconds", [] {
         nb::gil_scoped_release unlocked;

@@ -35,9 +35,7 @@ class PackedBatchRunner:
         self.block_size, self.num_blocks, self.max_tokens = BLOCK_SIZE, num_blocks, max_tokens
         self._context = context
         self.native = NativeLayers(config, model.weights, context)
-        self._norm = self.native.address("norm.weight")
         self.embedding = self.native.linear("embed_tokens")
-        self._head = self.embedding if config.tie_word_embeddings else self.native.linear("lm_head")
         latent = range(config.num_hidden_layers * config.is_latent)
         self.latent = [latent_layer(config, model.weights, n) for n in latent]
         positions = num_blocks * BLOCK_SIZE
@@ -48,6 +46,9 @@ class PackedBatchRunner:
             keys=[cache.ctypes.data for cache in self._keys],
             values=[cache.ctypes.data for cache in self._values],
             block_size=BLOCK_SIZE,
+            head=self.embedding if config.tie_word_embeddings else self.native.linear("lm_head"),
+            norm=self.native.address("norm.weight"),
+            eps=config.rms_norm_eps,
         )
 
     def _new_cache(self) -> NDArray[np.uint16]:
@@ -74,14 +75,6 @@ class PackedBatchRunner:
         for values in self._values:
             values[list(blocks)] = 0
 
-    def logits(self, x_ND: Tensor) -> Tensor:
-        config = self.config
-        normed_ND, logits_NV = torch.empty_like(x_ND), torch.empty(len(x_ND), config.vocab_size)
-        sizes = (len(x_ND), config.hidden_size, config.rms_norm_eps)
-        compiled.module().rms_norm(x_ND.data_ptr(), self._norm, *sizes, normed_ND.data_ptr())
-        self._head(normed_ND.data_ptr(), len(x_ND), logits_NV.data_ptr())
-        return logits_NV if config.logits_scaling == 1 else logits_NV / config.logits_scaling
-
 
 class PackedPass:
     """A `Pass`. A layer's turn is the feed-forward of the layer before it and then its own attention; the
@@ -89,42 +82,23 @@ class PackedPass:
 
     def __init__(self, runner: PackedBatchRunner, chunks: Sequence[Chunk]):
         config = runner.config
-        self._runner, self._config, self.tokens = runner, config, sum(len(chunk.ids) for chunk in chunks)
-        self.x_TD = self._embed(chunks)
-        ends = np.cumsum([len(chunk.ids) for chunk in chunks])
-        rows = [np.arange(end - chunk.wanted, end) for chunk, end in zip(chunks, ends, strict=True)]
-        self._wanted_N = torch.from_numpy(np.concatenate(rows))
+        self._runner, self._config = runner, config
+        self._chunks = compiled.module().Chunks(chunks, runner.num_blocks)
+        self.tokens: int = self._chunks.tokens
+        self.x_TD = self._embed()
         layers, top_k = config.num_hidden_layers, config.num_experts_per_tok
         self._chosen = torch.empty(layers - 1, self.tokens, top_k, dtype=torch.int32)
-        self._chosen_last = torch.empty(len(self._wanted_N), top_k, dtype=torch.int32)
+        self._chosen_last = torch.empty(self._chunks.wanted, top_k, dtype=torch.int32)
         self.done = 0
         if config.is_latent:
             self._windows = [config.window(n) for n in range(layers)]
             device = torch.device("cpu")
             self._latent_places = places_of(chunks, config, BLOCK_SIZE, set(self._windows), device)
-        else:
-            self._keep_places(chunks)
 
-    def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
-        ids_T = np.fromiter((token for chunk in chunks for token in chunk.ids), np.int32, self.tokens)
+    def _embed(self) -> Tensor:
         x_TD = torch.empty(self.tokens, self._config.hidden_size)
-        self._runner.embedding.rows(ids_T.ctypes.data, self.tokens, x_TD.data_ptr())
+        self._runner.embedding.rows(self._chunks.ids, self.tokens, x_TD.data_ptr())
         return x_TD if self._config.embedding_multiplier == 1 else x_TD * self._config.embedding_multiplier
-
-    def _keep_places(self, chunks: Sequence[Chunk]) -> None:
-        tables = np.zeros((len(chunks), max(len(chunk.blocks) for chunk in chunks)), np.int32)
-        for row, chunk in zip(tables, chunks, strict=True):
-            row[: len(chunk.blocks)] = chunk.blocks
-        assert tables.min() >= 0 and tables.max() < self._runner.num_blocks  # the kernels trust it
-        sizes = [len(chunk.ids) for chunk in chunks]
-        sequences = np.repeat(np.arange(len(chunks), dtype=np.int32), sizes)
-        starts = [
-            np.arange(chunk.start, chunk.start + size) for chunk, size in zip(chunks, sizes, strict=True)
-        ]
-        positions = np.concatenate(starts).astype(np.int32)
-        self._kept = tables, sequences, positions
-        addresses = (tables.ctypes.data, tables.shape[1], sequences.ctypes.data, positions.ctypes.data)
-        self._places = compiled.module().Places(*addresses, self.tokens)
 
     @property
     def routes(self) -> Sequence[Tensor]:
@@ -150,7 +124,7 @@ class PackedPass:
                 self._attend_latent(n)
         else:
             chosen, top_k = self._chosen.data_ptr(), self._config.num_experts_per_tok
-            self._runner.decoder(self.x_TD.data_ptr(), self._places, self.done, until, chosen, top_k)
+            self._runner.decoder(self.x_TD.data_ptr(), self._chunks, self.done, until, chosen, top_k)
         self.done = until
 
     def _attend_latent(self, n: int) -> None:
@@ -163,14 +137,14 @@ class PackedPass:
 
     def finish(self) -> None:
         """What is left after all turns."""
-        self.x_ND = self.x_TD[self._wanted_N]
-        if len(self.x_ND):
-            last = self._runner.native.layers[-1]
-            last.feed_forward(self.x_ND.data_ptr(), len(self.x_ND), self._chosen_last.data_ptr())
+        self._logits_NV = torch.empty(self._chunks.wanted, self._config.vocab_size)
+        if self._chunks.wanted:
+            x, chosen, logits = self.x_TD, self._chosen_last, self._logits_NV
+            self._runner.decoder.finish(x.data_ptr(), self._chunks, chosen.data_ptr(), logits.data_ptr())
 
-    @torch.inference_mode()
     def logits(self) -> Tensor:
-        return self._runner.logits(self.x_ND)
+        scaling = self._config.logits_scaling
+        return self._logits_NV if scaling == 1 else self._logits_NV / scaling
 
     def draft(self, outcomes: Sequence[Outcome]) -> Sequence[int | None]:
         """A packed model has left multi-token prediction out."""
