@@ -90,9 +90,39 @@ FOLDING uint32_t by_folding(uint32_t state, const uint8_t* data, size_t size) {
     return by_tables(by_tables(0, folded, 16), data, size);
 }
 
-bool can_fold() {
+#define WIDE_FOLDING __attribute__((target("vpclmulqdq,avx512f")))
+
+WIDE_FOLDING inline __m512i fold_wide(__m512i value, __m512i powers, const uint8_t* data) {
+    const __m512i low = _mm512_clmulepi64_epi128(value, powers, 0x00);
+    const __m512i high = _mm512_clmulepi64_epi128(value, powers, 0x11);
+    return _mm512_ternarylogic_epi64(low, high, _mm512_loadu_si512(data), 0x96);
+}
+
+// The same with four times the lanes, as fast as memory is read. At least 256 bytes; 64 are left to `by_folding`.
+WIDE_FOLDING uint32_t by_wide_folding(uint32_t state, const uint8_t* data, size_t size) {
+    const __m512i far = _mm512_broadcast_i32x4(_mm_set_epi64x(power(2048 - 32), power(2048 + 32)));
+    const __m512i near = _mm512_broadcast_i32x4(_mm_set_epi64x(power(512 - 32), power(512 + 32)));
+    __m512i lanes[4];
+    for (int i = 0; i < 4; i++) lanes[i] = _mm512_loadu_si512(data + 64 * i);
+    lanes[0] = _mm512_xor_si512(lanes[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
+    for (data += 256, size -= 256; size >= 256; data += 256, size -= 256)
+        for (int i = 0; i < 4; i++) lanes[i] = fold_wide(lanes[i], far, data + 64 * i);
+    alignas(64) uint8_t folded[256];
+    for (int i = 0; i < 4; i++) _mm512_store_si512(folded + 64 * i, lanes[i]);
+    __m512i lane = lanes[0];
+    for (int i = 1; i < 4; i++) lane = fold_wide(lane, near, folded + 64 * i);
+    for (; size >= 64; data += 64, size -= 64) lane = fold_wide(lane, near, data);
+    _mm512_store_si512(folded, lane);
+    return by_tables(by_folding(0, folded, 64), data, size);
+}
+
+using Folding = uint32_t (*)(uint32_t state, const uint8_t* data, size_t size);
+
+// The best this machine has.
+Folding folding() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("pclmul");
+    if (__builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx512f")) return by_wide_folding;
+    return __builtin_cpu_supports("pclmul") ? by_folding : by_tables;
 }
 
 #endif
@@ -101,8 +131,8 @@ bool can_fold() {
 
 uint32_t crc32(const uint8_t* data, size_t size) {
 #if defined(TENFOLD_X86)
-    static const bool folding = can_fold();
-    if (folding && size >= 64) return ~by_folding(~uint32_t{0}, data, size);
+    static const Folding fold = folding();
+    if (size >= 256) return ~fold(~uint32_t{0}, data, size);
 #endif
     return ~by_tables(~uint32_t{0}, data, size);
 }

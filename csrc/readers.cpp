@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <functional>
 #include <system_error>
 #include <utility>
 
@@ -166,15 +167,14 @@ void Readers::serve() {
 
 // What to read a piece of, now. A prediction has the disk only while no call waits for it.
 Readers::Reading* Readers::next() {
-    const auto begun = [](const Reading& reading) { return reading.taken < reading.size; };
     bool waited_for = false;
     for (Reading& reading : readings_) {
-        if (reading.demanded && begun(reading)) return &reading;
+        if (reading.demanded && reading.begun()) return &reading;
         waited_for |= reading.demanded;
     }
     if (Reading* reading = begin(demanded_, true)) return reading;
     if (waited_for) return nullptr;
-    const auto rest = std::find_if(readings_.begin(), readings_.end(), begun);
+    const auto rest = std::find_if(readings_.begin(), readings_.end(), std::mem_fn(&Reading::begun));
     if (rest != readings_.end()) return &*rest;
     return demanded_.empty() ? begin(predicted_, false) : nullptr;
 }
@@ -234,7 +234,8 @@ void Readers::finish(Reading& reading) {
 
 // Only where there may be something to do: a thread that looks for nothing takes the time of one that computes.
 void Readers::wake() {
-    if (!demanded_.empty() || !predicted_.empty() || !readings_.empty()) work_.notify_all();
+    const bool begun = std::any_of(readings_.begin(), readings_.end(), std::mem_fn(&Reading::begun));
+    if (begun || !demanded_.empty() || !predicted_.empty()) work_.notify_all();
 }
 
 std::string Readers::name(const Wanted& wanted) const {

@@ -74,6 +74,8 @@ private:
         size_t size, taken = 0, left = size;
         std::vector<uint32_t> checksums = std::vector<uint32_t>((size + PIECE - 1) / PIECE);  // of its pieces
         std::string error = {};
+
+        bool begun() const { return taken < size; }  // some of it is still to be taken
     };
 
     void serve();
