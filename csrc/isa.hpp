@@ -15,10 +15,14 @@ struct Ahead {
     int lines = 0;  // of 64 bytes a block
     const uint8_t* scales = nullptr;  // 16 bytes a block, or null
 
-    // Always inlined: GCC thinks that a call of what only fetches does nothing, and may leave it out.
+    // What goes with a block, or with `Together` of them at every so many. Always inlined: GCC thinks that a call of
+    // what only fetches does nothing, and may leave it out.
+    template <int Together = 1>
     [[gnu::always_inline]] void fetch(int block) const {
         if (scales && block % 4 == 0) __builtin_prefetch(scales + block * ROWS, 0, 2);
-        for (int i = 0; i < lines; i++) __builtin_prefetch(first + (static_cast<size_t>(block) * lines + i) * 64, 0, 2);
+        if (block % Together) return;
+        const uint8_t* from = first + static_cast<size_t>(block) * lines * 64;
+        for (int i = 0; i < Together * lines; i++) __builtin_prefetch(from + i * 64, 0, 2);
     }
 };
 
