@@ -1,7 +1,9 @@
 #include "crc32.hpp"
 
 #include <array>
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
 
 #if defined(TENFOLD_X86)
 #include <immintrin.h>
@@ -75,8 +77,8 @@ FOLDING inline __m128i fold(__m128i value, __m128i powers, __m128i there) {
 // Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction", Intel, 2009.
 // At least 64 bytes; what is folded to the last 16 goes through the tables.
 FOLDING uint32_t by_folding(uint32_t state, const uint8_t* data, size_t size) {
-    const __m128i far = _mm_set_epi64x(power(512 - 32), power(512 + 32));
-    const __m128i near = _mm_set_epi64x(power(128 - 32), power(128 + 32));
+    constexpr long long FAR[] = {power(512 + 32), power(512 - 32)}, NEAR[] = {power(128 + 32), power(128 - 32)};
+    const __m128i far = _mm_set_epi64x(FAR[1], FAR[0]), near = _mm_set_epi64x(NEAR[1], NEAR[0]);
     __m128i lanes[4];
     for (int i = 0; i < 4; i++) lanes[i] = load(data + 16 * i);
     lanes[0] = _mm_xor_si128(lanes[0], _mm_cvtsi32_si128(static_cast<int>(state)));
@@ -98,10 +100,11 @@ WIDE_FOLDING inline __m512i fold_wide(__m512i value, __m512i powers, const uint8
     return _mm512_ternarylogic_epi64(low, high, _mm512_loadu_si512(data), 0x96);
 }
 
-// The same with four times the lanes, as fast as memory is read. At least 256 bytes; 64 are left to `by_folding`.
+// The same with four times the lanes. At least 256 bytes; 64 are left to `by_folding`.
 WIDE_FOLDING uint32_t by_wide_folding(uint32_t state, const uint8_t* data, size_t size) {
-    const __m512i far = _mm512_broadcast_i32x4(_mm_set_epi64x(power(2048 - 32), power(2048 + 32)));
-    const __m512i near = _mm512_broadcast_i32x4(_mm_set_epi64x(power(512 - 32), power(512 + 32)));
+    constexpr long long FAR[] = {power(2048 + 32), power(2048 - 32)}, NEAR[] = {power(512 + 32), power(512 - 32)};
+    const __m512i far = _mm512_broadcast_i32x4(_mm_set_epi64x(FAR[1], FAR[0]));
+    const __m512i near = _mm512_broadcast_i32x4(_mm_set_epi64x(NEAR[1], NEAR[0]));
     __m512i lanes[4];
     for (int i = 0; i < 4; i++) lanes[i] = _mm512_loadu_si512(data + 64 * i);
     lanes[0] = _mm512_xor_si512(lanes[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
@@ -116,13 +119,16 @@ WIDE_FOLDING uint32_t by_wide_folding(uint32_t state, const uint8_t* data, size_
     return by_tables(by_folding(0, folded, 64), data, size);
 }
 
-using Folding = uint32_t (*)(uint32_t state, const uint8_t* data, size_t size);
+using Way = uint32_t (*)(uint32_t state, const uint8_t* data, size_t size);
 
-// The best this machine has.
-Folding folding() {
+// The best this machine has, or that TENFOLD_ISA leaves.
+Way best_way() {
+    const char* isa = std::getenv("TENFOLD_ISA");
+    const std::string_view wanted = isa ? isa : "";
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx512f")) return by_wide_folding;
-    return __builtin_cpu_supports("pclmul") ? by_folding : by_tables;
+    if (wanted == "portable" || !__builtin_cpu_supports("pclmul")) return by_tables;
+    const bool wide = __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx512f");
+    return wide && wanted != "avx2" ? by_wide_folding : by_folding;
 }
 
 #endif
@@ -131,8 +137,7 @@ Folding folding() {
 
 uint32_t crc32(const uint8_t* data, size_t size) {
 #if defined(TENFOLD_X86)
-    static const Folding fold = folding();
-    if (size >= 256) return ~fold(~uint32_t{0}, data, size);
+    if (size >= 256) return ~best_way()(~uint32_t{0}, data, size);  // what the widest needs
 #endif
     return ~by_tables(~uint32_t{0}, data, size);
 }

@@ -108,10 +108,10 @@ public:
           dot_(kernels.dot[static_cast<int>(layer.format)]) {}
 
     // Gate and up of every slot, and their product: (slots, F).
-    void hidden(const float* x, float* out) const {
+    void hidden(const Rounded& rows, float* out) const {
         const int F = layer_.width, pairs = panels_of(F), blocks = blocks_of(layer_.hidden);
         const size_t bytes = panel_bytes(layer_.format, layer_.hidden);
-        const Rounded tiles(pool_, kernels_, layer_.format, x, layer_.hidden, part_.token_of, part_.first);
+        const Rounded tiles(pool_, rows, part_.token_of, part_.first);
         const auto gate_at = [&](size_t item) {
             return part_.records[item / pairs] + 2 * (item % pairs) * bytes;
         };
@@ -146,9 +146,7 @@ public:
     void outputs(const float* hidden, float* out) const {
         const int F = layer_.width, D = layer_.hidden, blocks = blocks_of(F);
         const size_t skip = 2 * panels_of(F) * panel_bytes(layer_.format, D), bytes = panel_bytes(layer_.format, F);
-        std::vector<int32_t> all(part_.token_of.size());
-        std::iota(all.begin(), all.end(), 0);
-        const Rounded tiles(pool_, kernels_, layer_.format, hidden, F, all, part_.first);
+        const Rounded tiles(pool_, kernels_, layer_.format, hidden, F, part_.first);
         const int panels = panels_of(D);
         const auto down_at = [&](size_t item) {
             return part_.records[item / panels] + skip + (item % panels) * bytes;
@@ -219,12 +217,15 @@ void run_experts(Pool& pool, const Kernels& kernels, const Experts& layer, const
     const auto record_of = [&](size_t index) {
         return visit ? visit->record(index) : layer.records + order[index] * layer.record_bytes;
     };
+    std::vector<int32_t> each(tokens + 1);
+    std::iota(each.begin(), each.end(), 0);
+    const Rounded rows(pool, kernels, layer.format, x, layer.hidden, each);
     const Buffer hidden(routing.filled() * layer.width), outputs(routing.filled() * layer.hidden);
     for (size_t first = 0; first < routing.experts();) {
         const size_t end = visit ? visit->ready(first) : routing.experts();
         const Part part = routing.part(first, end, record_of);
         const Call call(pool, kernels, layer, part);
-        call.hidden(x, hidden.get());
+        call.hidden(rows, hidden.get());
         call.outputs(hidden.get(), outputs.get() + routing.first(first) * layer.hidden);
         first = end;
     }

@@ -15,14 +15,15 @@ struct Ahead {
     int lines = 0;  // of 64 bytes a block
     const uint8_t* scales = nullptr;  // 16 bytes a block, or null
 
-    // What goes with a block, or with `Together` of them at every so many. Always inlined: GCC thinks that a call of
+    // What goes with a block; with `Blocks` more than 1, what goes with so many, at the first of them (the last
+    // ones may be too many: fetching what is not there does no harm). Always inlined: GCC thinks that a call of
     // what only fetches does nothing, and may leave it out.
-    template <int Together = 1>
+    template <int Blocks = 1>
     [[gnu::always_inline]] void fetch(int block) const {
         if (scales && block % 4 == 0) __builtin_prefetch(scales + block * ROWS, 0, 2);
-        if (block % Together) return;
+        if (block % Blocks) return;
         const uint8_t* from = first + static_cast<size_t>(block) * lines * 64;
-        for (int i = 0; i < Together * lines; i++) __builtin_prefetch(from + i * 64, 0, 2);
+        for (int i = 0; i < Blocks * lines; i++) __builtin_prefetch(from + i * 64, 0, 2);
     }
 };
 

@@ -145,7 +145,7 @@ void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int 
     }
 }
 
-void Head::run(Pool& pool, const Kernels& kernels, const float* x, int tokens, float* logits) const {
+void Ending::run(Pool& pool, const Kernels& kernels, const float* x, int tokens, float* logits) const {
     const int D = linear.matrix.columns;
     const Floats in = normed(pool, kernels, norm, D, eps, x, tokens);
     tenfold::linear(pool, kernels, {{linear.matrix, linear.bias, logits}}, in.get(), tokens);

@@ -63,7 +63,7 @@ private:
 };
 
 // What follows the last layer: its norm and the vocabulary's matrix.
-struct Head {
+struct Ending {
     Linear linear;
     const float* norm;
     float eps;

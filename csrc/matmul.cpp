@@ -20,57 +20,75 @@ std::vector<int32_t> tile_starts(const std::vector<int32_t>& first, std::vector<
 
 }  // namespace
 
-Rounded::Rounded(Pool& pool, const Kernels& kernels, Format format, const float* x, int count, int columns)
-    : format_(format), columns_(columns), blocks_(blocks_of(columns)), starts_(tile_starts({0, count}, groups_)) {
-    round(pool, kernels, x, nullptr);
-}
-
 Rounded::Rounded(Pool& pool, const Kernels& kernels, Format format, const float* x, int columns,
-                 const std::vector<int32_t>& source, const std::vector<int32_t>& first)
-    : format_(format), columns_(columns), blocks_(blocks_of(columns)), starts_(tile_starts(first, groups_)) {
-    round(pool, kernels, x, source.data());
-}
-
-void Rounded::round(Pool& pool, const Kernels& kernels, const float* x, const int32_t* source) {
-    const size_t count = starts_.back(), padded = count * blocks_ * BLOCK;
-    if (format_ == Format::bf16) {
-        bf16_.resize(padded);
-    } else {
-        codes_.resize(padded);
-        scales_.resize(count * blocks_);
-        corrections_.resize(count * blocks_);
-    }
+                 const std::vector<int32_t>& first)
+    : format_(format), blocks_(blocks_of(columns)), starts_(tile_starts(first, groups_)) {
+    make_room();
     pool.run(tiles(), 1, [&](size_t begin, size_t end) {
         for (size_t i = begin; i < end; i++) {
-            const int first = starts_[i], T = starts_[i + 1] - first;
-            const size_t at = static_cast<size_t>(first) * blocks_;
-            for (int t = 0; t < T; t++) {
-                const float* row = x + static_cast<size_t>(source ? source[first + t] : first + t) * columns_;
+            for (int t = 0; t < tokens(i); t++) {
+                const float* row = x + static_cast<size_t>(starts_[i] + t) * columns;
                 for (int b = 0; b < blocks_; b++) {
                     alignas(64) float edge[BLOCK];
                     const float* values = row + b * BLOCK;
-                    const int left = columns_ - b * BLOCK;
+                    const int left = columns - b * BLOCK;
                     if (left < BLOCK) {
                         std::fill(std::copy_n(values, left, edge), edge + BLOCK, 0.0f);
                         values = edge;
                     }
-                    const size_t block = at + static_cast<size_t>(b) * T + t;
+                    const size_t block = static_cast<size_t>(starts_[i]) * blocks_ + b * tokens(i) + t;
                     if (format_ == Format::bf16)
-                        kernels.round_bf16(values, BLOCK, bf16_.data() + block * BLOCK);
+                        kernels.round_bf16(values, BLOCK, &bf16_[block * BLOCK]);
                     else
-                        scales_[block] =
-                            kernels.round_block(values, codes_.data() + block * BLOCK, &corrections_[block]);
+                        scales_[block] = kernels.round_block(values, &codes_[block * BLOCK], &corrections_[block]);
                 }
             }
         }
     });
 }
 
+Rounded::Rounded(Pool& pool, const Rounded& rows, const std::vector<int32_t>& source, const std::vector<int32_t>& first)
+    : format_(rows.format_), blocks_(rows.blocks_), rows_(&rows), source_(source.data()),
+      starts_(tile_starts(first, groups_)) {
+    if (tiles() == starts_.back()) return;  // each row is alone
+    make_room();
+    pool.run(tiles(), 1, [&](size_t begin, size_t end) {
+        for (size_t i = begin; i < end; i++) {
+            if (tokens(i) == 1) continue;
+            for (int t = 0; t < tokens(i); t++) {
+                const size_t row = static_cast<size_t>(source[starts_[i] + t]) * blocks_;
+                for (int b = 0; b < blocks_; b++) {
+                    const size_t from = row + b, to = static_cast<size_t>(starts_[i]) * blocks_ + b * tokens(i) + t;
+                    if (format_ == Format::bf16) {
+                        std::copy_n(&rows.bf16_[from * BLOCK], BLOCK, &bf16_[to * BLOCK]);
+                        continue;
+                    }
+                    std::copy_n(&rows.codes_[from * BLOCK], BLOCK, &codes_[to * BLOCK]);
+                    scales_[to] = rows.scales_[from];
+                    corrections_[to] = rows.corrections_[from];
+                }
+            }
+        }
+    });
+}
+
+// Not cleared: every part of it is written.
+void Rounded::make_room() {
+    const size_t count = static_cast<size_t>(starts_.back()) * blocks_;
+    if (format_ == Format::bf16) {
+        bf16_ = std::make_unique_for_overwrite<uint16_t[]>(count * BLOCK);
+        return;
+    }
+    codes_ = std::make_unique_for_overwrite<int8_t[]>(count * BLOCK);
+    scales_ = std::make_unique_for_overwrite<float[]>(count);
+    corrections_ = std::make_unique_for_overwrite<int32_t[]>(count);
+}
+
 Tile Rounded::tile(int index) const {
+    if (rows_ && tokens(index) == 1) return rows_->tile(source_[starts_[index]]);
     const size_t block = static_cast<size_t>(starts_[index]) * blocks_;
-    const int tokens = starts_[index + 1] - starts_[index];
-    if (format_ == Format::bf16) return {nullptr, nullptr, nullptr, bf16_.data() + block * BLOCK, tokens};
-    return {codes_.data() + block * BLOCK, scales_.data() + block, corrections_.data() + block, nullptr, tokens};
+    if (format_ == Format::bf16) return {nullptr, nullptr, nullptr, &bf16_[block * BLOCK], tokens(index)};
+    return {&codes_[block * BLOCK], &scales_[block], &corrections_[block], nullptr, tokens(index)};
 }
 
 void Matrix::row(int index, float* out) const {
@@ -102,7 +120,7 @@ void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& prod
         int& index = of_format[p.matrix.format == Format::bf16];
         if (index < 0) {
             index = static_cast<int>(rounded.size());
-            rounded.emplace_back(pool, kernels, p.matrix.format, x, tokens, p.matrix.columns);
+            rounded.emplace_back(pool, kernels, p.matrix.format, x, p.matrix.columns, std::vector{0, tokens});
         }
         first.push_back(first.back() + panels_of(p.matrix.rows));
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "isa.hpp"
@@ -19,15 +20,15 @@ struct Matrix {
     void row(int index, float* out) const;
 };
 
-// Rows of activations rounded for a format, in tiles. A tile belongs to one group (one expert, say), and
-// takes its rows in the order of `source`.
+// Rows of activations rounded for a format, in tiles. A tile belongs to one group (one expert, say): group g has
+// the rows [first[g], first[g + 1]).
 class Rounded {
 public:
-    // Tiles over rows [0, count).
-    Rounded(Pool& pool, const Kernels& kernels, Format format, const float* x, int count, int columns);
-    // Tiles over `source`, rows of x, within each of the groups that `first` (with an end) cuts it in.
+    // The rows of x (…, columns) in their order.
     Rounded(Pool& pool, const Kernels& kernels, Format format, const float* x, int columns,
-            const std::vector<int32_t>& source, const std::vector<int32_t>& first);
+            const std::vector<int32_t>& first);
+    // Row i is row source[i] of `rows`, in which each is a group of its own, and which must outlive this.
+    Rounded(Pool& pool, const Rounded& rows, const std::vector<int32_t>& source, const std::vector<int32_t>& first);
 
     int tiles() const { return static_cast<int>(starts_.size()) - 1; }
     int start(int tile) const { return starts_[tile]; }
@@ -36,15 +37,19 @@ public:
     int group_first(int group) const { return groups_[group]; }
 
 private:
-    void round(Pool& pool, const Kernels& kernels, const float* x, const int32_t* source);
+    void make_room();
+    int tokens(int tile) const { return starts_[tile + 1] - starts_[tile]; }
 
     Format format_;
-    int columns_, blocks_;
+    int blocks_;
+    const Rounded* rows_ = nullptr;  // whose tile a row alone in its group has
+    const int32_t* source_ = nullptr;
     std::vector<int32_t> groups_, starts_;  // in this order: the second is made while filling the first
-    std::vector<int8_t> codes_;
-    std::vector<float> scales_;
-    std::vector<int32_t> corrections_;
-    std::vector<uint16_t> bf16_;
+    // For each row and block, in the order of Tile.
+    std::unique_ptr<int8_t[]> codes_;
+    std::unique_ptr<float[]> scales_;
+    std::unique_ptr<int32_t[]> corrections_;
+    std::unique_ptr<uint16_t[]> bf16_;
 };
 
 constexpr size_t FAR = 24 << 10;  // bytes, more than memory delivers in the time of its own latency

@@ -97,7 +97,7 @@ void work(const F& f) {
     while (!try_work(f)) hear_signals();
 }
 
-// The chunks of a pass (engine/batch.py) as the kernels need them. Here and not in Python, which would take longer
+// The chunks of a pass (engine/batch.py), which `check` has seen, as the kernels need them. Here and not in Python, which would take longer
 // than a layer of one token: all that it touches has left the caches since the token before.
 struct Chunks {
     using Chunk = std::tuple<std::vector<int32_t>, int, std::vector<int32_t>, int>;  // blocks, start, ids, wanted
@@ -107,16 +107,17 @@ struct Chunks {
     size_t width = 0;  // of the tables
 
     Chunks(const std::vector<Chunk>& chunks, int num_blocks) {
-        for (const auto& [blocks, start, tokens, wanted] : chunks) width = std::max(width, blocks.size());
-        for (const auto& [blocks, start, tokens, wanted] : chunks) {
-            for (const int32_t block : blocks)
-                if (block < 0 || block >= num_blocks) throw std::out_of_range("a chunk's block is none of the cache's");
-            sequences.insert(sequences.end(), tokens.size(), static_cast<int32_t>(tables.size() / width));
+        for (const auto& [blocks, start, new_ids, wanted] : chunks) width = std::max(width, blocks.size());
+        for (const auto& [blocks, start, new_ids, wanted] : chunks) {
+            const auto is_there = [&](int32_t block) { return block >= 0 && block < num_blocks; };
+            if (blocks.empty() || !std::all_of(blocks.begin(), blocks.end(), is_there))
+                throw std::out_of_range("the blocks of a chunk are none of the cache's");
+            sequences.insert(sequences.end(), new_ids.size(), static_cast<int32_t>(tables.size() / width));
             tables.insert(tables.end(), blocks.begin(), blocks.end());
             tables.resize(tables.size() + width - blocks.size());
-            for (size_t i = 0; i < tokens.size(); i++) positions.push_back(start + static_cast<int32_t>(i));
-            ids.insert(ids.end(), tokens.begin(), tokens.end());
-            for (int row = this->tokens() - wanted; row < this->tokens(); row++) rows.push_back(row);
+            for (size_t i = 0; i < new_ids.size(); i++) positions.push_back(start + static_cast<int32_t>(i));
+            ids.insert(ids.end(), new_ids.begin(), new_ids.end());
+            for (int row = tokens() - wanted; row < tokens(); row++) rows.push_back(row);
         }
     }
 
@@ -133,7 +134,7 @@ struct Chunks {
 struct Decoder {
     std::vector<DecoderLayer> layers;
     std::vector<Cache> caches;
-    Head head;
+    Ending ending;
 
     // `chosen` (layers, tokens, top_k) is told which experts were used, where it is not 0.
     void operator()(Address x, const Chunks& chunks, size_t first, size_t end, Address chosen, int top_k) const {
@@ -161,15 +162,14 @@ struct Decoder {
     void finish(Address x, const Chunks& chunks, Address chosen, Address logits) const {
         const DecoderLayer& last = layers.back();
         const int count = static_cast<int>(chunks.rows.size());
-        std::vector<float> kept;
-        for (const int32_t row : chunks.rows) {
-            const float* from = at<const float>(x) + static_cast<size_t>(row) * last.hidden;
-            kept.insert(kept.end(), from, from + last.hidden);
-        }
-        work([&](Pool& pool, const Kernels& set) {
+        std::vector<float> kept(chunks.rows.size() * last.hidden);
+        for (size_t i = 0; i < chunks.rows.size(); i++)
+            std::copy_n(at<const float>(x) + static_cast<size_t>(chunks.rows[i]) * last.hidden, last.hidden,
+                        &kept[i * last.hidden]);
+        work([&](Pool& pool, const Kernels& set) {  // where it is done again, nothing has been added to `kept`
             last.run_feed_forward(pool, set, kept.data(), count, at<int32_t>(chosen));
+            ending.run(pool, set, kept.data(), count, at<float>(logits));
         });
-        work([&](Pool& pool, const Kernels& set) { head.run(pool, set, kept.data(), count, at<float>(logits)); });
     }
 
 private:

@@ -197,12 +197,20 @@ def test_what_another_left_in_a_block_is_cleared() -> None:
         (Chunk(range(9), 199, [1] * 2, 1), "201 positions are more than the context of 200"),
         (Chunk(range(9), 0, [1] * 513, 1), "513 tokens are more than the 512"),
         (Chunk([0], 0, [], 0), "needs chunks"),
+        (Chunk([0], 0, [1], 2), "2 of 1 tokens cannot be wanted"),
+        (Chunk([0], 0, [1], -1), "-1 of 1 tokens cannot be wanted"),
     ],
 )
 def test_what_the_kernels_would_trust_is_refused(chunk: Chunk, message: str) -> None:
     runner = runner_of(packed_of(build(DENSE), "q8", "q8"))
     with pytest.raises(TenfoldError, match=message):
         runner.begin([chunk])
+
+
+@pytest.mark.parametrize("blocks", [[-1], [9], []])
+def test_blocks_that_the_cache_does_not_have_are_refused(blocks: list[int]) -> None:
+    with pytest.raises(IndexError, match="none of the cache's"):
+        compiled.module().Chunks([Chunk(blocks, 0, [1], 1)], 9)
 
 
 def test_expert_choice_is_refused() -> None:

@@ -101,6 +101,8 @@ def check(chunks: Sequence[Chunk], runner: BatchRunner) -> None:
         if least < 0 or most > last:
             wrong = least if least < 0 else most
             raise TenfoldError(f"token id {wrong} is none of the model's, which are 0 to {last}")
+        if not 0 <= chunk.wanted <= len(chunk.ids):
+            raise TenfoldError(f"{chunk.wanted} of {len(chunk.ids)} tokens cannot be wanted")
         length, room = chunk.start + len(chunk.ids), len(chunk.blocks) * runner.block_size
         if length > room:
             raise TenfoldError(f"{length} positions are more than the {room} there is room for")

@@ -137,14 +137,14 @@ class PackedPass:
 
     def finish(self) -> None:
         """What is left after all turns."""
-        self._logits_NV = torch.empty(self._chunks.wanted, self._config.vocab_size)
+        logits_NV = torch.empty(self._chunks.wanted, self._config.vocab_size)
         if self._chunks.wanted:
-            x, chosen, logits = self.x_TD, self._chosen_last, self._logits_NV
-            self._runner.decoder.finish(x.data_ptr(), self._chunks, chosen.data_ptr(), logits.data_ptr())
+            x, chosen = self.x_TD.data_ptr(), self._chosen_last.data_ptr()
+            self._runner.decoder.finish(x, self._chunks, chosen, logits_NV.data_ptr())
+        self._logits_NV = logits_NV if (by := self._config.logits_scaling) == 1 else logits_NV / by
 
     def logits(self) -> Tensor:
-        scaling = self._config.logits_scaling
-        return self._logits_NV if scaling == 1 else self._logits_NV / scaling
+        return self._logits_NV
 
     def draft(self, outcomes: Sequence[Outcome]) -> Sequence[int | None]:
         """A packed model has left multi-token prediction out."""
