@@ -68,7 +68,12 @@ public:
         weigh(kv_head, T);
         for (int i = 0; i < T; i++) {
             float* to = out + row_of(run, head, shared, i);
-            for (int d = 0; d < heads_.head_dim; d++) to[d] = weighed_[i * cache_.width + d] / sums_[i];
+            const float sum = sums_[i];
+            for (int d = 0; d < heads_.head_dim; d += ROWS) {
+                const float* from = &weighed_[static_cast<size_t>(d) * T + i * ROWS];
+                const int rows = std::min(ROWS, heads_.head_dim - d);
+                for (int r = 0; r < rows; r++) to[d + r] = from[r] / sum;
+            }
         }
     }
 
@@ -109,6 +114,7 @@ private:
     void score(int kv_head, int T) {
         const int span = stretches_.back().end, blocks = cache_.width / BLOCK;
         const Tile tile{nullptr, nullptr, nullptr, queries_.data(), T};
+        const float scale = heads_.scale;
         alignas(64) float part[MAX_TOKENS * ROWS];
         scores_.resize(static_cast<size_t>(T) * span);
         for (const Stretch& s : stretches_) {
@@ -118,9 +124,9 @@ private:
             const size_t panel = static_cast<size_t>(ROWS) * cache_.width;
             for (int at = s.begin; at < s.end; at += ROWS, keys += panel, next += panel) {
                 dot_(reinterpret_cast<const uint8_t*>(keys), blocks, tile, ahead(next, T), part);
-                for (int i = 0; i < T; i++)
-                    for (int r = 0; r < ROWS; r++)
-                        scores_[static_cast<size_t>(i) * span + at + r] = part[i * ROWS + r] * heads_.scale;
+                float* to = scores_.data() + at;
+                for (int i = 0; i < T; i++, to += span)
+                    for (int r = 0; r < ROWS; r++) to[r] = part[i * ROWS + r] * scale;
             }
         }
     }
@@ -129,7 +135,7 @@ private:
     // what they must be divided by stays in sums_.
     void normalise(int i, int T, int from, int to, int span, int head) {
         float* row = scores_.data() + static_cast<size_t>(i) * span;
-        float largest = *std::max_element(row + from, row + to);
+        float largest = kernels_.largest(row + from, to - from);
         if (heads_.sinks) largest = std::max(largest, heads_.sinks[head]);
         sums_[i] = kernels_.exponentials(row + from, to - from, largest);
         if (heads_.sinks) sums_[i] += std::exp(heads_.sinks[head] - largest);
@@ -140,21 +146,22 @@ private:
             kernels_.round_bf16(row + b * BLOCK, BLOCK, weights_.data() + (static_cast<size_t>(b) * T + i) * BLOCK);
     }
 
-    // weighed_ (T, width): a sum over blocks of the cache, in order. A block that a token does not see, but
+    // weighed_ (width / 16, T, 16): a sum over blocks of the cache, in order. A block that a token does not see, but
     // others of its tile do, adds zeros.
     void weigh(int kv_head, int T) {
         alignas(64) float part[MAX_TOKENS * ROWS];
-        weighed_.assign(static_cast<size_t>(T) * cache_.width, 0);
+        weighed_.resize(static_cast<size_t>(T) * cache_.width);
         for (const Stretch& s : stretches_) {
             const uint16_t* panel = cache_.values_of(s.block, kv_head) + static_cast<size_t>(s.offset) * ROWS;
             const uint16_t* next = &s == &stretches_.back() ? nullptr : cache_.values_of((&s + 1)->block, kv_head);
             const Tile tile{nullptr, nullptr, nullptr, weights_.data() + static_cast<size_t>(s.begin) * T, T};
             const size_t step = static_cast<size_t>(ROWS) * cache_.block_size;
-            for (int d = 0; d < heads_.head_dim; d += ROWS, panel += step) {
-                dot_(reinterpret_cast<const uint8_t*>(panel), (s.end - s.begin) / BLOCK, tile, ahead(next, T), part);
+            float* sum = weighed_.data();
+            for (int d = 0; d < heads_.head_dim; d += ROWS, panel += step, sum += T * ROWS) {
+                float* to = s.begin == 0 ? sum : part;
+                dot_(reinterpret_cast<const uint8_t*>(panel), (s.end - s.begin) / BLOCK, tile, ahead(next, T), to);
                 if (next) next += step;
-                for (int i = 0; i < T; i++)
-                    for (int r = 0; r < ROWS; r++) weighed_[i * cache_.width + d + r] += part[i * ROWS + r];
+                if (to == part) kernels_.add_scaled(part, 1, T * ROWS, sum);
             }
         }
     }

@@ -94,6 +94,13 @@ void swiglu(const float* gate, const float* up, int count, bool clamped, float* 
     }
 }
 
+float largest(const float* values, int count) {
+    float most = values[0];
+#pragma omp simd reduction(max : most)
+    for (int i = 1; i < count; i++) most = values[i] > most ? values[i] : most;
+    return most;
+}
+
 float exponentials(float* values, int count, float largest) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)

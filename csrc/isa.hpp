@@ -46,6 +46,8 @@ struct Kernels {
     void (*add_scaled)(const float* x, float factor, int count, float* y);
     // out = silu(gate) * up, or gpt-oss's clamped form of it
     void (*swiglu)(const float* gate, const float* up, int count, bool clamped, float* out);
+    // Of at least one value.
+    float (*largest)(const float* values, int count);
     // values = exp(values - largest), summed
     float (*exponentials)(float* values, int count, float largest);
 };

@@ -138,6 +138,7 @@ extern const Kernels avx2_kernels = {
     product_bf16,
     add_scaled,
     swiglu,
+    largest,
     exponentials,
 };
 

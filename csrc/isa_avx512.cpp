@@ -161,6 +161,7 @@ extern const Kernels avx512_kernels = {
     product_bf16,
     add_scaled,
     swiglu,
+    largest,
     exponentials,
 };
 

@@ -74,6 +74,7 @@ extern const Kernels portable_kernels = {
     product_bf16,
     add_scaled,
     swiglu,
+    largest,
     exponentials,
 };
 

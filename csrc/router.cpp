@@ -13,10 +13,8 @@ namespace {
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-void softmax(float* values, int count) {
-    const float largest = *std::max_element(values, values + count);
-    float sum = 0;
-    for (int e = 0; e < count; e++) sum += values[e] = std::exp(values[e] - largest);
+void softmax(const Kernels& kernels, float* values, int count) {
+    const float sum = kernels.exponentials(values, count, kernels.largest(values, count));
     for (int e = 0; e < count; e++) values[e] /= sum;
 }
 
@@ -46,12 +44,12 @@ void only_best_groups(const Router& router, float* ranked) {
         if (std::find(kept.begin(), kept.end(), g) == kept.end()) std::fill_n(ranked + g * size, size, NEVER);
 }
 
-void choose(const Router& router, float* scores, int32_t* ids, float* weights) {
+void choose(const Kernels& kernels, const Router& router, float* scores, int32_t* ids, float* weights) {
     const int E = router.experts;
     if (router.choice == Choice::sigmoid)
         for (int e = 0; e < E; e++) scores[e] = 1 / (1 + std::exp(-scores[e]));
     else
-        softmax(scores, E);
+        softmax(kernels, scores, E);
     std::vector<float> ranked(scores, scores + E);
     if (router.selection_bias)
         for (int e = 0; e < E; e++) ranked[e] += router.selection_bias[e];
@@ -87,7 +85,7 @@ void route(Pool& pool, const Kernels& kernels, const Router& router, const float
     });
     pool.run(tokens, 8, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++)
-            choose(router, &logits[t * E], ids + t * router.top_k, weights + t * router.top_k);
+            choose(kernels, router, &logits[t * E], ids + t * router.top_k, weights + t * router.top_k);
     });
 }
 
