@@ -2,18 +2,27 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "matmul.hpp"
 
 namespace tenfold {
 
-void Cache::write(int block, int head, int offset, const float* key, const float* value, int head_dim) const {
-    uint16_t* k = keys_of(block, head) + static_cast<size_t>(offset / ROWS) * ROWS * width;
-    for (int d = 0; d < head_dim; d++) k[bf16_place(offset % ROWS, d)] = to_bf16(key[d]);
-    uint16_t* v = values_of(block, head);
-    for (int d = 0; d < head_dim; d++)
-        v[static_cast<size_t>(d / ROWS) * ROWS * block_size + bf16_place(d % ROWS, offset)] = to_bf16(value[d]);
+void Cache::write(const Kernels& kernels, int block, int head, int offset, const float* key, const float* value,
+                  int head_dim) const {
+    uint16_t* k = keys_of(block, head) + static_cast<size_t>(offset / ROWS) * ROWS * width + bf16_place(offset % ROWS, 0);
+    uint16_t* v = values_of(block, head) + bf16_place(0, offset);
+    for (int first = 0; first < head_dim; first += BLOCK) {
+        alignas(64) uint16_t rounded[BLOCK] = {};
+        const int count = std::min(BLOCK, head_dim - first);
+        kernels.round_bf16(key + first, count, rounded);
+        for (int d = 0; d < BLOCK; d += 2)  // neighbours of a row lie together
+            std::memcpy(k + bf16_place(0, first + d), rounded + d, 2 * sizeof *rounded);
+        kernels.round_bf16(value + first, count, rounded);
+        for (int d = 0; d < count; d++)
+            v[static_cast<size_t>((first + d) / ROWS) * ROWS * block_size + bf16_place((first + d) % ROWS, 0)] = rounded[d];
+    }
 }
 
 namespace {
@@ -194,11 +203,11 @@ void attend(Pool& pool, const Kernels& kernels, const Heads& heads, const Cache&
             for (size_t item = begin; item < end; item++) prepare(item / heads.kv_heads, item % heads.kv_heads);
         });
     }
-    // From the last run to the first: the longest come first, so that all threads end together.
+    // From the first run to the last: ranges of runs get shorter as runs get longer, so that all threads end together.
     pool.run(runs.size() * per_run, 1, [&](size_t begin, size_t end) {
         Scorer scorer(kernels, heads, cache, places);
         for (size_t item = begin; item < end; item++) {
-            const Run& run = runs[runs.size() - 1 - item / per_run];
+            const Run& run = runs[item / per_run];
             const int which = static_cast<int>(item % per_run);
             const int head = which / pieces * group + which % pieces * shared;
             const int here = std::min(shared, (which / pieces + 1) * group - head);

@@ -19,7 +19,8 @@ struct Cache {
 
     uint16_t* keys_of(int block, int head) const { return keys + place(block, head); }
     uint16_t* values_of(int block, int head) const { return values + place(block, head); }
-    void write(int block, int head, int offset, const float* key, const float* value, int head_dim) const;
+    void write(const Kernels& kernels, int block, int head, int offset, const float* key, const float* value,
+               int head_dim) const;
 
 private:
     size_t place(int block, int head) const {

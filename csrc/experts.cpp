@@ -136,8 +136,7 @@ public:
                     add_bias(up, tile.tokens, bias + F + row, rows);
                 }
                 kernels_.swiglu(gate, up, tile.tokens * ROWS, layer_.clamped, product);
-                for (int t = 0; t < tile.tokens; t++)
-                    std::copy_n(product + t * ROWS, rows, &out[static_cast<size_t>(tiles.start(i) + t) * F + row]);
+                put(product, tile.tokens, rows, out + static_cast<size_t>(tiles.start(i)) * F + row, F);
             }
         });
     }
@@ -164,8 +163,7 @@ public:
                 dot_(down_at(item), blocks, tile, ahead, part);
                 if (layer_.down_bias)
                     add_bias(part, tile.tokens, layer_.down_bias + static_cast<size_t>(expert) * D + row, rows);
-                for (int t = 0; t < tile.tokens; t++)
-                    std::copy_n(part + t * ROWS, rows, &out[static_cast<size_t>(tiles.start(i) + t) * D + row]);
+                put(part, tile.tokens, rows, out + static_cast<size_t>(tiles.start(i)) * D + row, D);
             }
         });
     }
@@ -178,11 +176,6 @@ private:
         pool_.stream(items, 1, [&](size_t begin, size_t end, size_t then) {
             for (size_t item = begin; item < end; item++) work(item, Way{item, end, then, items});
         });
-    }
-
-    static void add_bias(float* values, int tokens, const float* bias, int rows) {
-        for (int t = 0; t < tokens; t++)
-            for (int r = 0; r < rows; r++) values[t * ROWS + r] += bias[r];
     }
 
     Pool& pool_;

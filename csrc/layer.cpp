@@ -117,8 +117,8 @@ void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache
         for (size_t g = h * group; g < (h + 1) * group; g++)
             prepare(kernels, layer, layer.q_norm, &q[t * wide + g * d], c, s);
         prepare(kernels, layer, layer.k_norm, &k[t * narrow + h * d], c, s);
-        cache.write(places.blocks_of(t)[position / cache.block_size], static_cast<int>(h), position % cache.block_size,
-                    &k[t * narrow + h * d], &v[t * narrow + h * d], d);
+        cache.write(kernels, places.blocks_of(t)[position / cache.block_size], static_cast<int>(h),
+                    position % cache.block_size, &k[t * narrow + h * d], &v[t * narrow + h * d], d);
     };
     tenfold::attend(pool, kernels, heads, cache, q.get(), places, prepare_heads, out.get());
     linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.get(), tokens);

@@ -144,10 +144,8 @@ void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& prod
                 const Tile tile = tiles.tile(i);
                 const Ahead ahead = ahead_of(panel_at, {item, end, then, first.back()}, bytes, matrix.format, blocks, i, tiles.tiles());
                 kernels.dot[static_cast<int>(matrix.format)](panel_at(item), blocks, tile, ahead, out);
-                for (int t = 0; t < tile.tokens; t++) {
-                    float* to = y + static_cast<size_t>(tiles.start(i) + t) * matrix.rows + row;
-                    for (int r = 0; r < rows; r++) to[r] = out[t * ROWS + r] + (bias ? bias[row + r] : 0);
-                }
+                if (bias) add_bias(out, tile.tokens, bias + row, rows);
+                put(out, tile.tokens, rows, y + static_cast<size_t>(tiles.start(i)) * matrix.rows + row, matrix.rows);
             }
         }
     });

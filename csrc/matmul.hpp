@@ -80,6 +80,22 @@ Ahead ahead_of(const PanelAt& panel_at, const Way& way, size_t item_bytes, Forma
     return {panel + static_cast<size_t>(index) * blocks * share * 64, share, scales};
 }
 
+// The first `rows` of each token's 16 results, to y (tokens, stride). Whole ones are copied without a call.
+inline void put(const float* results, int tokens, int rows, float* y, size_t stride) {
+    for (int t = 0; t < tokens; t++, results += ROWS, y += stride) {
+        if (rows == ROWS)
+            std::copy_n(results, ROWS, y);
+        else
+            std::copy_n(results, rows, y);
+    }
+}
+
+// results (tokens, 16) += bias (rows)
+inline void add_bias(float* results, int tokens, const float* bias, int rows) {
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < rows; r++) results[t * ROWS + r] += bias[r];
+}
+
 struct Product {
     Matrix matrix;
     const float* bias;  // or null
