@@ -80,14 +80,9 @@ Ahead ahead_of(const PanelAt& panel_at, const Way& way, size_t item_bytes, Forma
     return {panel + static_cast<size_t>(index) * blocks * share * 64, share, scales};
 }
 
-// The first `rows` of each token's 16 results, to y (tokens, stride). Whole ones are copied without a call.
+// The first `rows` of each token's 16 results, to y (tokens, stride).
 inline void put(const float* results, int tokens, int rows, float* y, size_t stride) {
-    for (int t = 0; t < tokens; t++, results += ROWS, y += stride) {
-        if (rows == ROWS)
-            std::copy_n(results, ROWS, y);
-        else
-            std::copy_n(results, rows, y);
-    }
+    for (int t = 0; t < tokens; t++) std::copy_n(results + t * ROWS, rows, y + t * stride);
 }
 
 // results (tokens, 16) += bias (rows)

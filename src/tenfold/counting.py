@@ -1,5 +1,6 @@
 """The arithmetic that every model config shares: parameters, active parameters, bytes. All exact."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from math import ceil
 
@@ -38,18 +39,18 @@ class ParamCounts:
         return sum(getattr(self, f.name) for f in fields(self))
 
 
-class Counted:
+class Counted(ABC):
     """Counts that follow from `params` and the few facts below, for any architecture."""
 
     tie_word_embeddings: bool
 
+    @abstractmethod
     def params(self) -> ParamCounts:
         """Parameters by kind; a tied embedding is counted once, as the embedding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def idle_params(self) -> int:
         """Parameters of the experts that one token does not choose."""
-        raise NotImplementedError
 
     def num_params(self) -> int:
         """All parameters, the selection biases of sigmoid routers included, multi-token prediction not."""
@@ -70,9 +71,9 @@ class Counted:
             return active
         return active - self.params().embedding
 
+    @abstractmethod
     def weights_per_token(self) -> int:
         """Weights one generated token reads."""
-        raise NotImplementedError
 
     def weight_bytes(self, form: str) -> int:
         """Bytes of all weights in one of the formats of `BITS_PER_WEIGHT`."""
