@@ -78,15 +78,16 @@ void DecoderLayer::run_feed_forward(Pool& pool, const Kernels& kernels, float* x
         [&](const float* in, float* out) { feed(pool, kernels, in, tokens, chosen, out); });
 }
 
-void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens) const {
-    const Experts& experts = feed_forward.experts;
-    if (!experts.store || !experts.store->look_ahead.on()) return;
+void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens,
+                           std::deque<Wanted>& experts) const {
+    if (!feed_forward.has_experts) return;
     const Router& router = feed_forward.router;
     std::vector<int32_t> ids(static_cast<size_t>(tokens) * router.top_k);
     std::vector<float> weights(ids.size());
     const Floats in = normed(pool, kernels, post_norm, hidden, eps, x, tokens);
     route(pool, kernels, router, in.get(), tokens, ids.data(), weights.data());
-    experts.store->foresee(experts.layer, ids);
+    for (int32_t expert : ids)
+        if (expert >= 0) experts.push_back({feed_forward.experts.layer, expert});
 }
 
 void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,

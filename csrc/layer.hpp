@@ -1,6 +1,7 @@
 // One decoder layer on some tokens: norm, attention, norm, feed-forward, each added to the residual stream.
 #pragma once
 
+#include <deque>
 #include <memory>
 
 #include "attention.hpp"
@@ -51,8 +52,8 @@ struct DecoderLayer {
     void run_attention(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, float* x) const;
     // `chosen` is told which experts each token uses, (tokens, K), where it is not null and there are any.
     void run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens, int32_t* chosen) const;
-    // What this layer's router would choose if x did not change before its turn: tells the store, if there is one.
-    void foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens) const;
+    // Adds what this layer's router would choose if x did not change before its turn.
+    void foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens, std::deque<Wanted>& experts) const;
 
 private:
     template <class F>

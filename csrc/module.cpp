@@ -145,8 +145,8 @@ struct Decoder {
             try_work([&](Pool& pool, const Kernels& set) {
                 const auto begun = std::chrono::steady_clock::now();
                 do {
-                    if (n > 0 && tokens <= FEW) layers[n].foresee(pool, set, at<float>(x), tokens);
                     if (n > 0) {
+                        if (tokens <= FEW) foresee(pool, set, n, at<float>(x), tokens);
                         int32_t* ids = chosen ? at<int32_t>(chosen) + (n - 1) * tokens * top_k : nullptr;
                         layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens, ids);
                     }
@@ -175,7 +175,17 @@ struct Decoder {
 private:
     // More of them want most experts, and there is nothing to predict.
     static constexpr int FEW = 8;
+    static constexpr size_t AHEAD = 2;  // layers: after one the disk would often have nothing to read
     static constexpr double PATIENCE = 0.05;  // seconds, of who presses Ctrl-C
+
+    // What layers n and after seem to want, before the feed-forward of the one before them.
+    void foresee(Pool& pool, const Kernels& set, size_t n, const float* x, int tokens) const {
+        if (!store() || !store()->looks_ahead()) return;
+        std::deque<Wanted> experts;
+        for (size_t m = n; m < std::min(n + AHEAD, layers.size()); m++)
+            layers[m].foresee(pool, set, x, tokens, experts);
+        store()->foresee(std::move(experts));
+    }
 
     // The model's, which all sparse layers have.
     Store* store() const {

@@ -45,11 +45,12 @@ void Pool::stream(size_t items, size_t grain, const std::function<void(size_t, s
     items_ = items;
     grain_ = grain;
     next_.store(0, std::memory_order_relaxed);
-    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    open_ = true;
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
     take();
-    for (int spins = 0; busy_.load(std::memory_order_acquire);)
+    open_ = false;
+    for (int spins = 0; inside_;)
         if (spins++ < SPINS)
             PAUSE();
         else
@@ -94,8 +95,9 @@ void Pool::serve() {
         round_.wait(seen, std::memory_order_acquire);
         seen = round_.load(std::memory_order_acquire);
         if (stop_) return;
-        take();
-        busy_.fetch_sub(1, std::memory_order_release);
+        inside_++;  // first, so that the round either stays or is seen to be over
+        if (open_) take();
+        inside_--;
     }
 }
 

@@ -39,7 +39,9 @@ private:
     size_t items_ = 0, grain_ = 1;
     alignas(64) std::atomic<size_t> next_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
-    alignas(64) std::atomic<int> busy_{0};
+    // A round is over when all is done, and none is inside: one who wakes too late for it need not be waited for.
+    alignas(64) std::atomic<int> inside_{0};
+    std::atomic<bool> open_{false};
     std::atomic<bool> stop_{false};
     std::mutex failing_;
     std::exception_ptr failure_;

@@ -61,11 +61,9 @@ Readers::~Readers() {
     for (auto& thread : threads_) thread.join();
 }
 
-void Readers::foresee(int layer, const std::vector<int32_t>& ids) {
+void Readers::foresee(std::deque<Wanted> experts) {
     std::lock_guard<std::mutex> alone(mutex_);
-    announced_.clear();
-    for (int32_t expert : ids)
-        if (expert >= 0 && slots_.find(layer, expert) < 0) announced_.push_back({layer, expert});
+    announced_ = std::move(experts);
 }
 
 StoreMeter Readers::meter() {
@@ -165,15 +163,11 @@ void Readers::serve() {
     }
 }
 
-// What to read a piece of, now. A prediction has the disk only while no call waits for it.
+// What to read a piece of, now: what is predicted when all that is demanded is under way.
 Readers::Reading* Readers::next() {
-    bool waited_for = false;
-    for (Reading& reading : readings_) {
+    for (Reading& reading : readings_)
         if (reading.demanded && reading.begun()) return &reading;
-        waited_for |= reading.demanded;
-    }
     if (Reading* reading = begin(demanded_, true)) return reading;
-    if (waited_for) return nullptr;
     const auto rest = std::find_if(readings_.begin(), readings_.end(), std::mem_fn(&Reading::begun));
     if (rest != readings_.end()) return &*rest;
     return demanded_.empty() ? begin(predicted_, false) : nullptr;

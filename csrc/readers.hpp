@@ -38,6 +38,10 @@ struct StoreMeter {
     uint64_t prefetched = 0, prefetched_used = 0, prefetched_late = 0;  // the last are used, and misses
 };
 
+struct Wanted {
+    int layer, expert;
+};
+
 // A call has waited long: let Python hear of signals, and make it again. What it wants is still being read.
 struct Stalled {};
 
@@ -49,7 +53,7 @@ public:
     Readers(const Records& records, size_t slots);
     ~Readers();
 
-    void foresee(int layer, const std::vector<int32_t>& ids);
+    void foresee(std::deque<Wanted> experts);
     StoreMeter meter();
 
     // The experts that tokens chose, those in memory first, then those on their way. They stay, once here.
@@ -64,9 +68,6 @@ public:
     const uint8_t* record(int layer, int expert) const { return address(slots_.find(layer, expert)); }
 
 private:
-    struct Wanted {
-        int layer, expert;
-    };
     struct Reading {
         Wanted wanted;
         int slot;

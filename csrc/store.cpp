@@ -14,6 +14,7 @@ std::vector<Store*>& stores = *new std::vector<Store*>;
 
 Store::Store(const std::vector<std::string>& files, std::vector<StoredLayer> layers, size_t slots)
     : records_{{}, std::move(layers)}, slots_(slots) {
+    for (const StoredLayer& layer : records_.layers) experts_ += layer.checksums.size();
     for (const std::string& path : files) records_.files.push_back(std::make_unique<File>(path));
     readers();
     std::lock_guard<std::mutex> alone(one_registrar);
@@ -42,7 +43,7 @@ Readers& Store::readers() {
     return *readers_;
 }
 
-void Store::foresee(int layer, const std::vector<int32_t>& ids) { readers().foresee(layer, ids); }
+void Store::foresee(std::deque<Wanted> experts) { readers().foresee(std::move(experts)); }
 
 StoreMeter Store::meter() { return readers().meter(); }
 

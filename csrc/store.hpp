@@ -1,6 +1,7 @@
 // The experts of a model that need not fit in memory: some in slots, all in files, read as they are wanted.
 #pragma once
 
+#include <deque>
 #include <string>
 #include <vector>
 
@@ -18,9 +19,11 @@ public:
     Store(const Store&) = delete;
     Store& operator=(const Store&) = delete;
 
-    // The experts (ids, -1 for none) that the next layer seems to want. They are read once the layer that comes
-    // before it has what it wants.
-    void foresee(int layer, const std::vector<int32_t>& ids);
+    // The experts that the layers after the next call seem to want, the nearest first. They are read once all that
+    // it wants is being read.
+    void foresee(std::deque<Wanted> experts);
+    // Not where all have room: the look costs as much, and finds nothing.
+    bool looks_ahead() const { return slots_ < experts_ && look_ahead.on(); }
     StoreMeter meter();
 
     // No store changes in between. The child leaves its readers behind, for it has none of their threads.
@@ -34,7 +37,7 @@ private:
     Readers& readers();
 
     Records records_;
-    size_t slots_;
+    size_t slots_, experts_ = 0;
     Readers* readers_ = nullptr;
 };
 

@@ -2,36 +2,43 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 namespace tenfold {
 
-// Windows of steps without, with, with, without (so that a steady drift meets both alike); then the faster for
-// a while, which is longer each time that `with` has lost.
+// Steps without, with, with, without (so that a steady drift meets both alike), again and again; then, for a while,
+// whichever had the lower median. The while is longer each time that `with` has lost.
 class Trial {
 public:
-    bool on() const { return trying() ? window() == 1 || window() == 2 : won_; }
+    bool on() const { return trying() ? tried_on() : won_; }
 
     void step(double seconds) {
-        if (trying()) (on() ? with_ : without_) += seconds;
+        if (trying()) (tried_on() ? with_ : without_).push_back(seconds);
         if (++step_ == TRIED) judge();
-        if (step_ < TRIED + pause_) return;
-        step_ = 0;
-        with_ = without_ = 0;
+        if (step_ >= TRIED + pause_) step_ = 0;
     }
 
 private:
-    static constexpr int WINDOW = 16, TRIED = 4 * WINDOW, PAUSE = 512, LONGEST = 16384;
+    static constexpr int TRIED = 128, PAUSE = 1024, LONGEST = 16384;
     static constexpr double WORTH = 0.98;  // less is noise, and reading for nothing wears the disk of others
 
     bool trying() const { return step_ < TRIED; }
-    int window() const { return step_ / WINDOW; }
+    bool tried_on() const { return step_ % 4 == 1 || step_ % 4 == 2; }
+
     void judge() {
-        won_ = with_ < WORTH * without_;
+        won_ = median(with_) < WORTH * median(without_);
         pause_ = won_ ? PAUSE : std::min(2 * pause_, LONGEST);
+        with_.clear(), without_.clear();
+    }
+
+    static double median(std::vector<double>& seconds) {
+        const auto middle = seconds.begin() + seconds.size() / 2;
+        std::nth_element(seconds.begin(), middle, seconds.end());
+        return *middle;
     }
 
     int step_ = 0, pause_ = PAUSE;
-    double with_ = 0, without_ = 0;
+    std::vector<double> with_, without_;
     bool won_ = false;
 };
 

@@ -153,6 +153,13 @@ def test_look_ahead_reads_ahead_and_changes_nothing(kept: Path) -> None:
     assert meter.bytes_read <= (meter.misses + meter.prefetched) * RECORD
 
 
+def test_nothing_is_looked_for_where_all_have_room(kept: Path) -> None:
+    model = read_packed(kept, EXPERTS)
+    stepwise(PackedRunner(model, 1, 90), text(1, 90), 3)
+    assert model.store
+    assert model.store.meter().prefetched == 0
+
+
 def test_warm_experts_are_no_misses(kept: Path) -> None:
     model = read_packed(kept, EXPERTS)
     assert model.store
