@@ -15,17 +15,26 @@ struct Ahead {
     int lines = 0;  // of 64 bytes a block
     const uint8_t* scales = nullptr;  // 16 bytes a block, or null
 
-    // What goes with a block; with `Blocks` more than 1, what goes with so many, at the first of them (the last
-    // ones may be too many: fetching what is not there does no harm). Always inlined: GCC thinks that a call of
-    // what only fetches does nothing, and may leave it out.
-    template <int Blocks = 1>
+    // What goes with a block. Always inlined: GCC thinks that a call of what only fetches does nothing, and may
+    // leave it out.
     [[gnu::always_inline]] void fetch(int block) const {
         if (scales && block % 4 == 0) __builtin_prefetch(scales + block * ROWS, 0, 2);
-        if (block % Blocks) return;
         const uint8_t* from = first + static_cast<size_t>(block) * lines * 64;
-        for (int i = 0; i < Blocks * lines; i++) __builtin_prefetch(from + i * 64, 0, 2);
+        for (int i = 0; i < lines; i++) __builtin_prefetch(from + i * 64, 0, 2);
     }
 };
+
+// With so few tokens to a tile, weights are wanted as fast as a processor can ask for them.
+constexpr int MEMORY_BOUND = 4;
+
+// Then one that has asked for all it can forgets the rest (AMD's do): what follows this block is asked for twice
+// more, shortly before it is used (LOG.md). Beyond the panel that is mostly the next one; fetching what is not
+// there does no harm.
+template <Format F>
+[[gnu::always_inline]] inline void fetch_again(const uint8_t* block) {
+    for (size_t distance : {8 << 10, 4 << 10})
+        for (size_t i = 0; i < code_bytes(F); i += 64) __builtin_prefetch(block + distance + i, 0, 2);
+}
 
 using Dot = void (*)(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead, float* out);
 

@@ -59,6 +59,8 @@ void dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& ahead,
         for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
         for (int b = 0; b < blocks; b++) {
             if (half == 0) ahead.fetch(b);
+            if (F == Format::q8 && half == 0 && T <= MEMORY_BOUND)  // 4 bits take longer to unpack than to come
+                fetch_again<F>(panel + b * code_bytes(F));
             __m256i codes[8], sizes[8];
             unpack<F>(panel + b * code_bytes(F), half, table, codes);
             for (int g = 0; g < 8; g++) sizes[g] = _mm256_abs_epi8(codes[g]);

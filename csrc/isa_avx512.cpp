@@ -7,11 +7,6 @@
 namespace tenfold {
 namespace {
 
-// Blocks whose fetching goes together. 4 bits of one token are 2 to 3% faster so than block by block; 8 bits and
-// many tokens are slower (LOG.md).
-template <Format F, int T>
-constexpr int FETCHED = T == 1 && code_bytes(F) < 512 ? 8 : 1;
-
 constexpr int TOGETHER = 4;  // tokens whose sums are interleaved: one alone would wait for each product
 
 template <Format F>
@@ -61,7 +56,8 @@ void tile_dot(const uint8_t* panel, int blocks, const Tile& tile, const Ahead& a
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
     for (int b = 0; b < blocks; b++) {
-        ahead.fetch<FETCHED<F, T>>(b);
+        ahead.fetch(b);
+        if constexpr (T <= MEMORY_BOUND) fetch_again<F>(panel + b * code_bytes(F));
         __m512i codes[8];
         unpack<F>(panel + b * code_bytes(F), table, codes);
         const __m512 scale = block_scales<F>(scales + b * ROWS);
