@@ -101,6 +101,7 @@ void tile_dot_bf16(const uint8_t* panel, int blocks, const Tile& tile, const Ahe
         const uint8_t* block = panel + b * code_bytes(Format::bf16);
         const int32_t* x = pairs + static_cast<size_t>(b) * T * 16;
         ahead.fetch(b);
+        if constexpr (T <= MEMORY_BOUND) fetch_again<Format::bf16>(block);
 #pragma GCC unroll 16
         for (int pair = 0; pair < 16; pair++) {
             const __m512bh w = (__m512bh)_mm512_loadu_si512(block + pair * 64);
