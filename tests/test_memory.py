@@ -267,7 +267,7 @@ def test_what_does_not_fit_is_streamed_and_the_meter_adds_up(
     assert plan is not None and plan.streams
     for spent in (usage["prompt"], usage["decode"]):
         assert spent["missed_bytes_per_token"] <= spent["weight_bytes_per_token"]
-        assert spent["disk_bytes_per_token"] * spent["tokens"] % plan.record == 0
+        assert round(spent["disk_bytes_per_token"] * spent["tokens"]) % plan.record == 0
         assert 0 <= spent["hit_rate"] <= 1
         assert 0 <= spent["disk_wait_seconds_per_token"] * spent["tokens"] <= spent["seconds"]
     resident = wanted.usage.summary()["decode"]
