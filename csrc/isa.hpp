@@ -27,7 +27,7 @@ struct Ahead {
 // With so few tokens to a tile, weights are wanted as fast as a processor can ask for them.
 constexpr int MEMORY_BOUND = 4;
 
-// Then one that has asked for all it can forgets the rest (AMD's do): what follows this block is asked for twice
+// Then one may forget what else it is told to fetch (an AMD EPYC does): what follows this block is asked for twice
 // more, shortly before it is used (LOG.md). Beyond the panel that is mostly the next one; fetching what is not
 // there does no harm.
 template <Format F>
