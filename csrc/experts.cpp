@@ -95,7 +95,7 @@ private:
     };
     // The two largest so far, which is as many as a call uses; callers take turns (module.cpp).
     static std::array<Memory, 2>& spares() {
-        static std::array<Memory, 2> kept;
+        static auto& kept = *new std::array<Memory, 2>;  // never destroyed: a daemon thread may outlive main
         return kept;
     }
     Memory memory_;

@@ -39,7 +39,7 @@ std::string hex(uint32_t number) {
 
 Readers::Readers(const Records& records, size_t slots)
     : records_(records), stride_(largest(records.layers)), arena_(slots * stride_),
-      slots_(counts(records.layers), slots), patience_(PATIENCE) {
+      slots_(counts(records.layers), slots) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for Python's thread
@@ -86,7 +86,8 @@ std::vector<int32_t> Readers::demand(int layer, const int32_t* ids, int tokens, 
         meter_.prefetched_late += slots_[slot].foreseen && !slots_[slot].ready;
         slots_[slot].in_use = true;
     }
-    if (!std::exchange(stalled_, false)) {
+    if (std::exchange(stalled_, -1) != layer) {
+        patience_ = PATIENCE;
         slots_.count(layer, uses, tokens);
         meter_.hits += here.size();
         meter_.misses += coming.size() + missing.size();
@@ -115,7 +116,7 @@ size_t Readers::await(int layer, const std::vector<int32_t>& experts, size_t fir
         if (!failure_.empty()) throw ReadError(failure_);
         if (!in_time) {
             patience_ *= 2;  // a call that cannot hold all its experts begins anew, and must end some time
-            stalled_ = true;
+            stalled_ = layer;
             throw Stalled();
         }
     }
@@ -132,8 +133,8 @@ void Readers::release(int layer, const std::vector<int32_t>& experts, size_t fir
 
 void Readers::dismiss(int layer, const std::vector<int32_t>& experts, size_t released, bool complete) {
     std::lock_guard<std::mutex> alone(mutex_);
-    if (complete) patience_ = PATIENCE;
     demanded_.clear();
+    if (!complete) predicted_.clear();  // else it would be read next, where what this call had and wants again lies
     failure_.clear();
     for (Reading& reading : readings_) reading.demanded = false;
     for (size_t i = released; i < experts.size(); i++) {
@@ -178,10 +179,9 @@ Readers::Reading* Readers::begin(std::deque<Wanted>& queue, bool demanded) {
     while (!queue.empty() && slots_.find(queue.front().layer, queue.front().expert) >= 0) queue.pop_front();
     if (queue.empty()) return nullptr;
     const Wanted wanted = queue.front();
-    const int slot = slots_.place(wanted.layer, wanted.expert);
+    const int slot = slots_.place(wanted.layer, wanted.expert, !demanded);
     if (slot < 0) return nullptr;
     queue.pop_front();
-    slots_[slot].foreseen = !demanded;
     meter_.prefetched += !demanded;
     readings_.push_back({wanted, slot, demanded, records_.layers[wanted.layer].record_bytes});
     return &readings_.back();

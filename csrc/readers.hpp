@@ -42,7 +42,7 @@ struct Wanted {
     int layer, expert;
 };
 
-// A call has waited long: let Python hear of signals, and make it again. What it wants is still being read.
+// A call has waited long: let Python hear of signals, and make it again. What was on its way still comes.
 struct Stalled {};
 
 // With the slots, everything that a forked process must make anew. One call demands, awaits, releases and
@@ -99,8 +99,8 @@ private:
     std::deque<Wanted> demanded_, predicted_, announced_;
     std::list<Reading> readings_;
     std::string failure_;  // of what the call under way demanded
-    double patience_;
-    bool stalled_ = false;  // the last call: what it wanted has been counted, and it comes again
+    double patience_ = 0;
+    int stalled_ = -1;  // layer of the last call, if it was: what it wanted has been counted, and it comes again
     StoreMeter meter_;
     bool stop_ = false;
     std::vector<std::thread> threads_;

@@ -46,20 +46,24 @@ void Slots::count(int layer, const std::vector<int>& uses, int tokens) {
     frequency.tokens = frequency.tokens * faded + tokens;
 }
 
+// Of a layer: in tokens from now.
+double Slots::turn(int layer) const {
+    const int layers = static_cast<int>(places_.size());
+    return static_cast<double>((layer - layer_ - 1 + layers) % layers) / layers;
+}
+
 // In tokens from now, expected: each chooses the expert with the probability that recent ones did, when the
 // layer's turn comes, for the layers take turns. So the cheapest loss among equals is of the layer just done.
 double Slots::next_use(const Slot& slot) const {
-    const int layers = static_cast<int>(places_.size());
-    const double turn = static_cast<double>((slot.layer - layer_ - 1 + layers) % layers) / layers;
-    if (slot.foreseen) return turn;
+    if (slot.foreseen) return turn(slot.layer);
     const Frequency& frequency = frequencies_[slot.layer];
     const double chance = frequency.tokens > 0 ? frequency.uses[slot.expert] / frequency.tokens : 0;
-    return 1 / std::max(chance, RARE) - 1 + turn;
+    return 1 / std::max(chance, RARE) - 1 + turn(slot.layer);
 }
 
-int Slots::place(int layer, int expert) {
+int Slots::place(int layer, int expert, bool foreseen) {
     int last = -1;
-    double latest = -1;
+    double latest = foreseen ? turn(layer) : -1;
     for (size_t s = 0; s < slots_.size(); s++) {
         const Slot& slot = slots_[s];
         if (slot.in_use) continue;
@@ -68,7 +72,7 @@ int Slots::place(int layer, int expert) {
     }
     if (last < 0) return -1;
     clear(last);
-    slots_[last].layer = layer, slots_[last].expert = expert, slots_[last].in_use = true;
+    slots_[last] = {layer, expert, false, true, foreseen};
     places_[layer][expert] = last;
     return last;
 }

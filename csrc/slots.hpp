@@ -41,8 +41,9 @@ public:
 
     // A layer has been asked for its experts: `uses` tokens of `tokens` chose each.
     void count(int layer, const std::vector<int>& uses, int tokens);
-    // Gives the expert an empty slot, or that of the one which will be wanted last; -1 if all are in use.
-    int place(int layer, int expert);
+    // Gives the expert an empty slot, or that of the one which will be wanted last; -1 if all are in use, or will be
+    // wanted before one that is only foreseen.
+    int place(int layer, int expert, bool foreseen);
     void clear(int slot);
 
 private:
@@ -50,6 +51,7 @@ private:
         std::vector<double> uses;  // of each expert, by recent tokens
         double tokens = 0;
     };
+    double turn(int layer) const;
     double next_use(const Slot& slot) const;
 
     std::vector<Slot> slots_;

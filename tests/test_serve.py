@@ -195,3 +195,23 @@ def test_bad_settings_are_one_line() -> None:
     for options in wrong:
         done = subprocess.run([*TENFOLD, "serve", "nowhere", *options], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
+FORGOTTEN = """
+import sys
+import time
+from tenfold.engine.request import Request
+from tenfold.memory import Budget
+from tenfold.sampling import SamplingParams
+from tenfold.server.serve import ServeSettings, open_engine
+
+engine = open_engine(sys.argv[1], Budget(), ServeSettings())
+engine.submit(Request([1, 2, 3], SamplingParams(max_tokens=700, temperature=0, ignore_eos=True)))
+while not engine.load().running:
+    time.sleep(0.01)
+"""
+
+
+def test_an_engine_that_nobody_closed_lets_python_end(model: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FORGOTTEN, model], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,6 +1,7 @@
 """One model that serves many requests at once: a thread steps it, and an event loop hears of what it made."""
 
 import asyncio
+import atexit
 import sys
 import threading
 import traceback
@@ -88,6 +89,7 @@ class AsyncLLM:
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="tenfold-engine", daemon=True)
         self._thread.start()
+        atexit.register(self._end)  # a thread that Python finds in the kernels when it ends would crash it
 
     @property
     def stopped(self) -> str | None:
@@ -138,11 +140,14 @@ class AsyncLLM:
         end = asyncio.get_running_loop().time() + grace
         while self._answers and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(_CLOSE_POLL)
+        await asyncio.to_thread(self._end)
+        atexit.unregister(self._end)
+
+    def _end(self) -> None:
         with self._wake:
             self._stop = True
             self._wake.notify()
-        while self._thread.is_alive():
-            await asyncio.sleep(_CLOSE_POLL)
+        self._thread.join()
 
     def _run(self) -> None:
         try:
