@@ -128,16 +128,18 @@ struct Chunks {
 };
 
 // Layers [first, end), each the feed-forward of the layer before it and then its own attention: the last layer's
-// feed-forward is left, for only tokens that predict need it. One call for all: between layers Python would find
-// its own code gone from the caches, for the weights that came through. A prompt or a disk, where that matters
-// less, can be interrupted.
+// feed-forward is left, for only tokens that predict need it; with the logits of those it ends the last layer's turn.
+// One call for all: between layers Python would find its own code gone from the caches, for the weights that came
+// through. A prompt or a disk, where that matters less, can be interrupted.
 struct Decoder {
     std::vector<DecoderLayer> layers;
     std::vector<Cache> caches;
     Ending ending;
 
-    // `chosen` (layers, tokens, top_k) is told which experts were used, where it is not 0.
-    void operator()(Address x, const Chunks& chunks, size_t first, size_t end, Address chosen, int top_k) const {
+    // `chosen` (layers - 1, tokens, top_k) and `chosen_last` (tokens whose logits are wanted, top_k) are told which
+    // experts were used.
+    void operator()(Address x, const Chunks& chunks, size_t first, size_t end, Address chosen, int top_k,
+                    Address chosen_last, Address logits) const {
         const auto start = std::chrono::steady_clock::now();
         const Places places = chunks.places();
         const int tokens = places.tokens;
@@ -147,8 +149,8 @@ struct Decoder {
                 do {
                     if (n > 0) {
                         if (tokens <= FEW) foresee(pool, set, n, at<float>(x), tokens);
-                        int32_t* ids = chosen ? at<int32_t>(chosen) + (n - 1) * tokens * top_k : nullptr;
-                        layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens, ids);
+                        layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens,
+                                                       at<int32_t>(chosen) + (n - 1) * tokens * top_k);
                     }
                     layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
                 } while (++n < end && seconds_since(begun) < PATIENCE);
@@ -156,10 +158,12 @@ struct Decoder {
                 if (whole && tokens <= FEW && store()) store()->look_ahead.step(seconds_since(start));
             });
         }
+        if (end == layers.size()) finish(x, chunks, chosen_last, logits);
     }
 
     // What is left after all layers, for the tokens whose logits are wanted: the last feed-forward, and those.
     void finish(Address x, const Chunks& chunks, Address chosen, Address logits) const {
+        if (chunks.rows.empty()) return;
         const DecoderLayer& last = layers.back();
         const int count = static_cast<int>(chunks.rows.size());
         std::vector<float> kept(chunks.rows.size() * last.hidden);
@@ -360,7 +364,8 @@ NB_MODULE(_native, m) {
                  return made;
              }),
              "layers"_a, "keys"_a, "values"_a, "block_size"_a, "head"_a, "norm"_a, "eps"_a)
-        .def("__call__", &Decoder::operator(), "x"_a, "chunks"_a, "first"_a, "end"_a, "chosen"_a, "top_k"_a)
+        .def("__call__", &Decoder::operator(), "x"_a, "chunks"_a, "first"_a, "end"_a, "chosen"_a, "top_k"_a,
+             "chosen_last"_a, "logits"_a)
         .def("finish", &Decoder::finish, "x"_a, "chunks"_a, "chosen"_a, "logits"_a);
 
     m.def("busy_seconds", [] {

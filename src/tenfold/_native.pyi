@@ -143,5 +143,15 @@ class Decoder:
         norm: int,
         eps: float,
     ) -> None: ...
-    def __call__(self, x: int, chunks: Chunks, first: int, end: int, chosen: int, top_k: int) -> None: ...
+    def __call__(
+        self,
+        x: int,
+        chunks: Chunks,
+        first: int,
+        end: int,
+        chosen: int,
+        top_k: int,
+        chosen_last: int,
+        logits: int,
+    ) -> None: ...
     def finish(self, x: int, chunks: Chunks, chosen: int, logits: int) -> None: ...

@@ -38,20 +38,19 @@ class PackedRunner:
             raise TenfoldError(f"token ids of shape {tuple(ids_BS.shape)} must be ({self.batch}, 1 or more)")
         if (length := self.length + ids_BS.shape[1]) > self.capacity:
             raise TenfoldError(f"{length} positions are more than the {self.capacity} there is room for")
-        *pieces, last_BS = ids_BS.split(max(1, PIECE // self.batch), dim=1)
-        for piece_BS in pieces:
-            self._advance(piece_BS, 0)
-        return self._advance(last_BS, 1)
+        ids, piece = ids_BS.tolist(), max(1, PIECE // self.batch)
+        last = (ids_BS.shape[1] - 1) // piece * piece
+        for first in range(0, last, piece):
+            self._advance([row[first : first + piece] for row in ids], 0)
+        return self._advance([row[last:] for row in ids], 1)
 
-    def _advance(self, ids_BS: Tensor, wanted: int) -> Tensor:
+    def _advance(self, ids: list[list[int]], wanted: int) -> Tensor:
         """Logits of the `wanted` last tokens of each sequence."""
-        chunks = [
-            Chunk(blocks, self.length, ids, wanted)
-            for blocks, ids in zip(self._blocks, ids_BS.tolist(), strict=True)
-        ]
-        passed = self.runner.begin(chunks)
+        passed = self.runner.begin(
+            [Chunk(blocks, self.length, row, wanted) for blocks, row in zip(self._blocks, ids, strict=True)]
+        )
         self.run(passed)
-        self.length += ids_BS.shape[1]
+        self.length += len(ids[0])
         return passed.logits()
 
     def run(self, passed: PackedPass) -> None:

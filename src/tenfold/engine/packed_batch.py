@@ -89,6 +89,7 @@ class PackedPass:
         layers, top_k = config.num_hidden_layers, config.num_experts_per_tok
         self._chosen = torch.empty(layers - 1, self.tokens, top_k, dtype=torch.int32)
         self._chosen_last = torch.empty(self._chunks.wanted, top_k, dtype=torch.int32)
+        self._logits_NV = torch.empty(self._chunks.wanted, config.vocab_size)
         self.done = 0
         if config.is_latent:
             self._windows = [config.window(n) for n in range(layers)]
@@ -112,20 +113,23 @@ class PackedPass:
         total = self._config.num_hidden_layers
         until = total if layers is None else min(total, self.done + layers)
         if self.done < until:
-            self.attend(until)
-            if until == total:
-                self.finish()
+            self._run(until)
+            self.done = until
+            if until == total and (by := self._config.logits_scaling) != 1:
+                self._logits_NV /= by
         return until == total
 
-    def attend(self, until: int) -> None:
-        """The turns of the layers before `until`."""
+    def _run(self, until: int) -> None:
+        """The turns of the layers before `until`, and what is left after the last one's."""
+        decoder, last = self._runner.decoder, (self._chosen_last.data_ptr(), self._logits_NV.data_ptr())
         if self._config.is_latent:
             for n in range(self.done, until):
                 self._attend_latent(n)
-        else:
-            chosen, top_k = self._chosen.data_ptr(), self._config.num_experts_per_tok
-            self._runner.decoder(self.x_TD.data_ptr(), self._chunks, self.done, until, chosen, top_k)
-        self.done = until
+            if until == self._config.num_hidden_layers:
+                decoder.finish(self.x_TD.data_ptr(), self._chunks, *last)
+            return
+        x, chosen, top_k = self.x_TD.data_ptr(), self._chosen.data_ptr(), self._config.num_experts_per_tok
+        decoder(x, self._chunks, self.done, until, chosen, top_k, *last)
 
     def _attend_latent(self, n: int) -> None:
         if n > 0:
@@ -134,14 +138,6 @@ class PackedPass:
         pool, layer = self._runner.pools[n], self._runner.latent[n]
         x_1TD = pool.attend(layer, self.x_TD[None], self._latent_places, self._windows[n])
         self.x_TD = x_1TD[0].contiguous()
-
-    def finish(self) -> None:
-        """What is left after all turns."""
-        logits_NV = torch.empty(self._chunks.wanted, self._config.vocab_size)
-        if self._chunks.wanted:
-            x, chosen = self.x_TD.data_ptr(), self._chosen_last.data_ptr()
-            self._runner.decoder.finish(x, self._chunks, chosen, logits_NV.data_ptr())
-        self._logits_NV = logits_NV if (by := self._config.logits_scaling) == 1 else logits_NV / by
 
     def logits(self) -> Tensor:
         return self._logits_NV

@@ -105,14 +105,15 @@ def random_packed_bytes(config: ModelConfig, packing: Packing) -> int:
 
 
 def plain_tensor(source: RandomRows, part: Plain) -> Tensor:
-    """What stays floating point: routers and gates random, norms one, biases zero; float32.
+    """What stays floating point: routers and gates random, norms one, biases zero; float32, of numbers that
+    are bf16, as checkpoints have them.
 
     But for attention's norms: what random attention adds is alike for all tokens, and would soon outweigh
     what tells them apart, so that all would choose the same experts.
     """
     if part.name.endswith(KEPT):
         rows, columns = part.shape
-        return source.matrix(part.name, rows, columns)
+        return source.matrix(part.name, rows, columns).bfloat16().float()
     if "input_layernorm" in part.name:
         return torch.full(part.shape, FAINT)
     return torch.ones(part.shape) if "norm" in part.name else torch.zeros(part.shape)

@@ -53,9 +53,8 @@ class RoutingRunner(PackedRunner):
 
     def run(self, passed: PackedPass) -> None:
         for n in range(self.config.num_hidden_layers):
-            passed.attend(n + 1)
+            passed.advance(1)
             self._look(n, lambda layer: self._route(layer, passed.x_TD))
-        passed.finish()
 
     def _route(self, layer: int, x_TD: Tensor) -> Tensor:
         config, tokens = self.config, len(x_TD)
