@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "aligned.hpp"
 #include "matmul.hpp"
 
 namespace tenfold {
@@ -181,8 +182,8 @@ private:
     const Places& places_;
     Dot dot_;
     std::vector<Stretch> stretches_;
-    std::vector<uint16_t> queries_, weights_;
-    std::vector<float> scores_, weighed_;
+    Aligned<uint16_t> queries_, weights_;
+    Aligned<float> scores_, weighed_;
     float sums_[MAX_TOKENS];
 };
 

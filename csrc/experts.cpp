@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -67,38 +66,33 @@ std::vector<int32_t> active_experts(const int32_t* ids, int slots, int experts) 
     return active;
 }
 
-// Floats that are not initialised, and whose memory the next call gets again: mapping some 50 MB anew for
-// every layer of a prompt would take a tenth of its time.
+// Floats whose memory the next call gets again: mapping some 50 MB anew for every layer of a prompt would take a
+// tenth of its time.
 class Buffer {
 public:
     explicit Buffer(size_t count) {
-        for (Memory& spare : spares())
-            if (spare.size >= count) {
-                std::swap(memory_, spare);
+        for (Aligned<float>& spare : spares())
+            if (spare.size() >= count) {
+                floats_.swap(spare);
                 return;
             }
-        memory_ = {std::unique_ptr<float[]>(new float[count]), count};
+        floats_.resize(count);
     }
     ~Buffer() {
-        for (Memory& spare : spares())
-            if (spare.size < memory_.size) std::swap(memory_, spare);
+        for (Aligned<float>& spare : spares())
+            if (spare.size() < floats_.size()) floats_.swap(spare);
     }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    float* get() const { return memory_.floats.get(); }
-    float& operator[](size_t i) const { return memory_.floats[i]; }
+    float* get() { return floats_.data(); }
 
 private:
-    struct Memory {
-        std::unique_ptr<float[]> floats;
-        size_t size = 0;
-    };
     // The two largest so far, which is as many as a call uses; callers take turns (module.cpp).
-    static std::array<Memory, 2>& spares() {
-        static auto& kept = *new std::array<Memory, 2>;  // never destroyed: a daemon thread may outlive main
+    static std::array<Aligned<float>, 2>& spares() {
+        static auto& kept = *new std::array<Aligned<float>, 2>;  // for ever: a thread may outlive main
         return kept;
     }
-    Memory memory_;
+    Aligned<float> floats_;
 };
 
 class Call {
@@ -124,13 +118,13 @@ public:
             if (bias) bias += static_cast<size_t>(expert) * 2 * F;
             const int row = p * ROWS, rows = std::min(ROWS, F - row);
             const int first = tiles.group_first(group), count = tiles.group_first(group + 1) - first;
+            const AheadOf gate_ahead(gate_at, way, 2 * bytes, layer_.format, blocks, count),
+                up_ahead(up_at, way, 2 * bytes, layer_.format, blocks, count);
+            const uint8_t *gate_panel = gate_at(item), *up_panel = up_at(item);
             for (int i = first; i < first + count; i++) {
                 const Tile tile = tiles.tile(i);
-                const auto ahead = [&](const auto& panel_at) {
-                    return ahead_of(panel_at, way, 2 * bytes, layer_.format, blocks, i - first, count);
-                };
-                dot_(gate_at(item), blocks, tile, ahead(gate_at), gate);
-                dot_(up_at(item), blocks, tile, ahead(up_at), up);
+                dot_(gate_panel, blocks, tile, gate_ahead.with_tile(i - first), gate);
+                dot_(up_panel, blocks, tile, up_ahead.with_tile(i - first), up);
                 if (bias) {
                     add_bias(gate, tile.tokens, bias + row, rows);
                     add_bias(up, tile.tokens, bias + F + row, rows);
@@ -156,11 +150,11 @@ public:
             const int expert = part_.experts[group];
             const int row = p * ROWS, rows = std::min(ROWS, D - row);
             const int first = tiles.group_first(group), count = tiles.group_first(group + 1) - first;
+            const AheadOf ahead(down_at, way, bytes, layer_.format, blocks, count);
+            const uint8_t* panel = down_at(item);
             for (int i = first; i < first + count; i++) {
                 const Tile tile = tiles.tile(i);
-                const Ahead ahead =
-                    ahead_of(down_at, way, bytes, layer_.format, blocks, i - first, count);
-                dot_(down_at(item), blocks, tile, ahead, part);
+                dot_(panel, blocks, tile, ahead.with_tile(i - first), part);
                 if (layer_.down_bias)
                     add_bias(part, tile.tokens, layer_.down_bias + static_cast<size_t>(expert) * D + row, rows);
                 put(part, tile.tokens, rows, out + static_cast<size_t>(tiles.start(i)) * D + row, D);
@@ -213,7 +207,7 @@ void run_experts(Pool& pool, const Kernels& kernels, const Experts& layer, const
     std::vector<int32_t> each(tokens + 1);
     std::iota(each.begin(), each.end(), 0);
     const Rounded rows(pool, kernels, layer.format, x, layer.hidden, each);
-    const Buffer hidden(routing.filled() * layer.width), outputs(routing.filled() * layer.hidden);
+    Buffer hidden(routing.filled() * layer.width), outputs(routing.filled() * layer.hidden);
     for (size_t first = 0; first < routing.experts();) {
         const size_t end = visit ? visit->ready(first) : routing.experts();
         const Part part = routing.part(first, end, record_of);

@@ -7,9 +7,6 @@
 namespace tenfold {
 namespace {
 
-// Zeros that nothing reads would have to come through the caches first, which weights have just gone through.
-Floats floats(size_t count) { return std::make_unique_for_overwrite<float[]>(count); }
-
 // Turn the first rotary_dim dimensions of a head; cos and sin are rows of rotary_dim / 2.
 void turn(float* head, int rotary_dim, bool interleave, const float* cos, const float* sin) {
     const int half = rotary_dim / 2;
@@ -38,17 +35,17 @@ void prepare(const Kernels& kernels, const Attention& layer, const float* norm, 
 
 void run_swiglu(Pool& pool, const Kernels& kernels, const SwiGLU& layer, const float* x, int tokens, float* y) {
     const int F = layer.down.matrix.columns;
-    const Floats wide = floats(static_cast<size_t>(tokens) * 2 * F), narrow = floats(static_cast<size_t>(tokens) * F);
-    linear(pool, kernels, {{layer.gate_up.matrix, layer.gate_up.bias, wide.get()}}, x, tokens);
+    Floats wide(static_cast<size_t>(tokens) * 2 * F), narrow(static_cast<size_t>(tokens) * F);
+    linear(pool, kernels, {{layer.gate_up.matrix, layer.gate_up.bias, wide.data()}}, x, tokens);
     pool.run(tokens, 4, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++)
             kernels.swiglu(&wide[t * 2 * F], &wide[t * 2 * F + F], F, false, &narrow[t * F]);
     });
-    linear(pool, kernels, {{layer.down.matrix, layer.down.bias, y}}, narrow.get(), tokens);
+    linear(pool, kernels, {{layer.down.matrix, layer.down.bias, y}}, narrow.data(), tokens);
 }
 
 Floats normed(Pool& pool, const Kernels& kernels, const float* norm, int hidden, float eps, const float* x, int tokens) {
-    Floats out = floats(static_cast<size_t>(tokens) * hidden);
+    Floats out(static_cast<size_t>(tokens) * hidden);
     pool.run(tokens, 8, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++) kernels.rms_norm(x + t * hidden, norm, hidden, eps, &out[t * hidden]);
     });
@@ -59,9 +56,9 @@ Floats normed(Pool& pool, const Kernels& kernels, const float* norm, int hidden,
 
 template <class F>
 void DecoderLayer::add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const {
-    const Floats in = normed(pool, kernels, norm, hidden, eps, x, tokens),
-                 out = floats(static_cast<size_t>(tokens) * hidden);
-    f(in.get(), out.get());
+    const Floats in = normed(pool, kernels, norm, hidden, eps, x, tokens);
+    Floats out(static_cast<size_t>(tokens) * hidden);
+    f(in.data(), out.data());
     pool.run(tokens, 8, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++) kernels.add_scaled(&out[t * hidden], residual, hidden, x + t * hidden);
     });
@@ -85,7 +82,7 @@ void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, i
     std::vector<int32_t> ids(static_cast<size_t>(tokens) * router.top_k);
     std::vector<float> weights(ids.size());
     const Floats in = normed(pool, kernels, post_norm, hidden, eps, x, tokens);
-    route(pool, kernels, router, in.get(), tokens, ids.data(), weights.data());
+    route(pool, kernels, router, in.data(), tokens, ids.data(), weights.data());
     for (int32_t expert : ids)
         if (expert >= 0) experts.push_back({feed_forward.experts.layer, expert});
 }
@@ -96,12 +93,11 @@ void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache
     const Heads& heads = layer.heads;
     const int tokens = places.tokens, d = heads.head_dim, half = layer.rotary_dim / 2;
     const size_t wide = static_cast<size_t>(heads.heads) * d, narrow = static_cast<size_t>(heads.kv_heads) * d;
-    const Floats q = floats(tokens * wide), k = floats(tokens * narrow), v = floats(tokens * narrow),
-                 out = floats(tokens * wide);
+    Floats q(tokens * wide), k(tokens * narrow), v(tokens * narrow), out(tokens * wide);
     linear(pool, kernels,
-           {{layer.q.matrix, layer.q.bias, q.get()},
-            {layer.k.matrix, layer.k.bias, k.get()},
-            {layer.v.matrix, layer.v.bias, v.get()}},
+           {{layer.q.matrix, layer.q.bias, q.data()},
+            {layer.k.matrix, layer.k.bias, k.data()},
+            {layer.v.matrix, layer.v.bias, v.data()}},
            x, tokens);
     if (layer.q_norm && !layer.norm_per_head) {
         pool.run(tokens, 8, [&](size_t begin, size_t end) {
@@ -121,8 +117,8 @@ void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache
         cache.write(kernels, places.blocks_of(t)[position / cache.block_size], static_cast<int>(h),
                     position % cache.block_size, &k[t * narrow + h * d], &v[t * narrow + h * d], d);
     };
-    tenfold::attend(pool, kernels, heads, cache, q.get(), places, prepare_heads, out.get());
-    linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.get(), tokens);
+    tenfold::attend(pool, kernels, heads, cache, q.data(), places, prepare_heads, out.data());
+    linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.data(), tokens);
 }
 
 void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, int32_t* chosen,
@@ -136,8 +132,8 @@ void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int 
     if (chosen) std::copy(ids.begin(), ids.end(), chosen);
     run_experts(pool, kernels, layer.experts, x, tokens, ids.data(), weights.data(), K, y);
     if (!layer.has_dense) return;
-    const Floats shared = floats(static_cast<size_t>(tokens) * hidden);
-    run_swiglu(pool, kernels, layer.dense, x, tokens, shared.get());
+    Floats shared(static_cast<size_t>(tokens) * hidden);
+    run_swiglu(pool, kernels, layer.dense, x, tokens, shared.data());
     for (int t = 0; t < tokens; t++) {
         const size_t at = static_cast<size_t>(t) * hidden;
         float gate = 1;
@@ -149,7 +145,7 @@ void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int 
 void Ending::run(Pool& pool, const Kernels& kernels, const float* x, int tokens, float* logits) const {
     const int D = linear.matrix.columns;
     const Floats in = normed(pool, kernels, norm, D, eps, x, tokens);
-    tenfold::linear(pool, kernels, {{linear.matrix, linear.bias, logits}}, in.get(), tokens);
+    tenfold::linear(pool, kernels, {{linear.matrix, linear.bias, logits}}, in.data(), tokens);
 }
 
 }  // namespace tenfold

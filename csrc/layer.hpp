@@ -2,15 +2,15 @@
 #pragma once
 
 #include <deque>
-#include <memory>
 
+#include "aligned.hpp"
 #include "attention.hpp"
 #include "experts.hpp"
 #include "router.hpp"
 
 namespace tenfold {
 
-using Floats = std::unique_ptr<float[]>;
+using Floats = Aligned<float>;
 
 struct Linear {
     Matrix matrix;

@@ -74,16 +74,13 @@ Rounded::Rounded(Pool& pool, const Rounded& rows, const std::vector<int32_t>& so
     });
 }
 
-// Not cleared: every part of it is written.
+// Every part of it is written.
 void Rounded::make_room() {
     const size_t count = static_cast<size_t>(starts_.back()) * blocks_;
-    if (format_ == Format::bf16) {
-        bf16_ = std::make_unique_for_overwrite<uint16_t[]>(count * BLOCK);
-        return;
-    }
-    codes_ = std::make_unique_for_overwrite<int8_t[]>(count * BLOCK);
-    scales_ = std::make_unique_for_overwrite<float[]>(count);
-    corrections_ = std::make_unique_for_overwrite<int32_t[]>(count);
+    if (format_ == Format::bf16) return bf16_.resize(count * BLOCK);
+    codes_.resize(count * BLOCK);
+    scales_.resize(count);
+    corrections_.resize(count);
 }
 
 Tile Rounded::tile(int index) const {
@@ -142,10 +139,12 @@ void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& prod
             const size_t bytes = panel_bytes(matrix.format, matrix.columns);
             const int row = static_cast<int>(item - first[product_of(item)]) * ROWS;
             const int rows = std::min(ROWS, matrix.rows - row);
+            const uint8_t* panel = panel_at(item);
+            const AheadOf ahead(panel_at, {item, end, then, first.back()}, bytes, matrix.format, blocks, tiles.tiles());
+            const Dot dot = kernels.dot[static_cast<int>(matrix.format)];
             for (int i = 0; i < tiles.tiles(); i++) {
                 const Tile tile = tiles.tile(i);
-                const Ahead ahead = ahead_of(panel_at, {item, end, then, first.back()}, bytes, matrix.format, blocks, i, tiles.tiles());
-                kernels.dot[static_cast<int>(matrix.format)](panel_at(item), blocks, tile, ahead, out);
+                dot(panel, blocks, tile, ahead.with_tile(i), out);
                 if (bias) add_bias(out, tile.tokens, bias + row, rows);
                 put(out, tile.tokens, rows, y + static_cast<size_t>(tiles.start(i)) * matrix.rows + row, matrix.rows);
             }

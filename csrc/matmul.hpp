@@ -2,9 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
+#include "aligned.hpp"
 #include "isa.hpp"
 #include "pool.hpp"
 
@@ -46,10 +46,10 @@ private:
     const int32_t* source_ = nullptr;
     std::vector<int32_t> groups_, starts_;  // in this order: the second is made while filling the first
     // For each row and block, in the order of Tile.
-    std::unique_ptr<int8_t[]> codes_;
-    std::unique_ptr<float[]> scales_;
-    std::unique_ptr<int32_t[]> corrections_;
-    std::unique_ptr<uint16_t[]> bf16_;
+    Aligned<int8_t> codes_;
+    Aligned<float> scales_;
+    Aligned<int32_t> corrections_;
+    Aligned<uint16_t> bf16_;
 };
 
 constexpr size_t FAR = 24 << 10;  // bytes, more than memory delivers in the time of its own latency
@@ -65,24 +65,37 @@ struct Way {
     }
 };
 
-// What to fetch while tile `index` of `count` meets the panel of an item. With one tile that is the panel that
+// What to fetch while the tiles of an item, `count` of them, meet its panel. With one tile that is the panel that
 // comes FAR or more later on the thread's way; with several, the next item's, a part with each tile.
-// `panel_at(item)` is a panel's address, `item_bytes` the bytes that one item reads.
-template <class PanelAt>
-Ahead ahead_of(const PanelAt& panel_at, const Way& way, size_t item_bytes, Format format, int blocks, int index,
-               int count) {
-    const int lines = static_cast<int>(code_bytes(format) / 64);
-    const size_t next = way.after(count == 1 ? (FAR + item_bytes - 1) / item_bytes : 1);
-    if (next >= way.items) return {};
-    const int share = (lines + count - 1) / count;
-    const uint8_t* panel = panel_at(next);
-    const uint8_t* scales = index == 0 ? panel + blocks * code_bytes(format) : nullptr;
-    return {panel + static_cast<size_t>(index) * blocks * share * 64, share, scales};
-}
+class AheadOf {
+public:
+    // `panel_at(item)` is a panel's address, `item_bytes` the bytes that one item reads.
+    template <class PanelAt>
+    AheadOf(const PanelAt& panel_at, const Way& way, size_t item_bytes, Format format, int blocks, int count) {
+        const size_t next = way.after(count == 1 ? (FAR + item_bytes - 1) / item_bytes : 1);
+        if (next >= way.items) return;
+        share_ = (static_cast<int>(code_bytes(format) / 64) + count - 1) / count;
+        bytes_ = static_cast<size_t>(blocks) * share_ * 64;
+        panel_ = panel_at(next);
+        scales_ = panel_ + blocks * code_bytes(format);
+    }
+    Ahead with_tile(int index) const {
+        if (!panel_) return {};
+        return {panel_ + index * bytes_, share_, index == 0 ? scales_ : nullptr};
+    }
+
+private:
+    const uint8_t *panel_ = nullptr, *scales_ = nullptr;
+    int share_ = 0;
+    size_t bytes_ = 0;
+};
 
 // The first `rows` of each token's 16 results, to y (tokens, stride).
 inline void put(const float* results, int tokens, int rows, float* y, size_t stride) {
-    for (int t = 0; t < tokens; t++) std::copy_n(results + t * ROWS, rows, y + t * stride);
+    if (rows == ROWS)  // which the compiler can then do without calling anything
+        for (int t = 0; t < tokens; t++) std::copy_n(results + t * ROWS, ROWS, y + t * stride);
+    else
+        for (int t = 0; t < tokens; t++) std::copy_n(results + t * ROWS, rows, y + t * stride);
 }
 
 // results (tokens, 16) += bias (rows)

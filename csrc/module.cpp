@@ -166,7 +166,7 @@ struct Decoder {
         if (chunks.rows.empty()) return;
         const DecoderLayer& last = layers.back();
         const int count = static_cast<int>(chunks.rows.size());
-        std::vector<float> kept(chunks.rows.size() * last.hidden);
+        Floats kept(chunks.rows.size() * last.hidden);
         for (size_t i = 0; i < chunks.rows.size(); i++)
             std::copy_n(at<const float>(x) + static_cast<size_t>(chunks.rows[i]) * last.hidden, last.hidden,
                         &kept[i * last.hidden]);

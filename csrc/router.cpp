@@ -6,7 +6,7 @@
 #include <numeric>
 #include <vector>
 
-#include "matmul.hpp"
+#include "aligned.hpp"
 
 namespace tenfold {
 namespace {
@@ -68,7 +68,7 @@ void choose(const Kernels& kernels, const Router& router, float* scores, int32_t
 void route(Pool& pool, const Kernels& kernels, const Router& router, const float* x, int tokens, int32_t* ids,
            float* weights) {
     const int E = router.experts, D = router.hidden;
-    std::vector<float> logits(static_cast<size_t>(tokens) * E);
+    Aligned<float> logits(static_cast<size_t>(tokens) * E);
     constexpr int SHARE = 8;  // experts of one token: a work item
     const int shares = (E + SHARE - 1) / SHARE;
     pool.run(static_cast<size_t>(tokens) * shares, tokens == 1 ? 1 : shares, [&](size_t begin, size_t end) {
