@@ -70,6 +70,26 @@ void DecoderLayer::run_attention(Pool& pool, const Kernels& kernels, const Cache
         [&](const float* in, float* out) { attend(pool, kernels, cache, places, in, out); });
 }
 
+void DecoderLayer::run_last_attention(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places,
+                                      const std::vector<int32_t>& rows, float* x) const {
+    const int tokens = places.tokens, count = static_cast<int>(rows.size());
+    if (count == tokens) return run_attention(pool, kernels, cache, places, x);
+    const Floats in = normed(pool, kernels, input_norm, hidden, eps, x, tokens);
+    keep(pool, kernels, cache, places, in.data());
+    if (count == 0) return;
+    const size_t D = hidden;
+    Floats asked(count * D), out(count * D);
+    std::vector<int32_t> sequences, positions;
+    for (int i = 0; i < count; i++) {
+        std::copy_n(&in[rows[i] * D], D, &asked[i * D]);
+        sequences.push_back(places.sequences[rows[i]]);
+        positions.push_back(places.positions[rows[i]]);
+    }
+    const Places some{places.tables, places.table_width, sequences.data(), positions.data(), count};
+    ask(pool, kernels, cache, some, asked.data(), out.data());
+    for (int i = 0; i < count; i++) kernels.add_scaled(&out[i * D], residual, hidden, x + rows[i] * D);
+}
+
 void DecoderLayer::run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens, int32_t* chosen) const {
     add(pool, kernels, post_norm, x, tokens,
         [&](const float* in, float* out) { feed(pool, kernels, in, tokens, chosen, out); });
@@ -90,15 +110,13 @@ void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, i
 void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
                           float* y) const {
     const Attention& layer = attention;
-    const Heads& heads = layer.heads;
-    const int tokens = places.tokens, d = heads.head_dim, half = layer.rotary_dim / 2;
-    const size_t wide = static_cast<size_t>(heads.heads) * d, narrow = static_cast<size_t>(heads.kv_heads) * d;
+    const size_t tokens = places.tokens, wide = layer.q.matrix.rows, narrow = layer.k.matrix.rows;
     Floats q(tokens * wide), k(tokens * narrow), v(tokens * narrow), out(tokens * wide);
     linear(pool, kernels,
            {{layer.q.matrix, layer.q.bias, q.data()},
             {layer.k.matrix, layer.k.bias, k.data()},
             {layer.v.matrix, layer.v.bias, v.data()}},
-           x, tokens);
+           x, places.tokens);
     if (layer.q_norm && !layer.norm_per_head) {
         pool.run(tokens, 8, [&](size_t begin, size_t end) {
             for (size_t t = begin; t < end; t++) {
@@ -107,18 +125,65 @@ void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache
             }
         });
     }
-    const int group = heads.heads / heads.kv_heads;
-    const auto prepare_heads = [&](size_t t, size_t h) {
-        const int position = places.positions[t];
-        const float *c = cos + static_cast<size_t>(position) * half, *s = sin + static_cast<size_t>(position) * half;
-        for (size_t g = h * group; g < (h + 1) * group; g++)
-            prepare(kernels, layer, layer.q_norm, &q[t * wide + g * d], c, s);
-        prepare(kernels, layer, layer.k_norm, &k[t * narrow + h * d], c, s);
-        cache.write(kernels, places.blocks_of(t)[position / cache.block_size], static_cast<int>(h),
-                    position % cache.block_size, &k[t * narrow + h * d], &v[t * narrow + h * d], d);
+    const auto prepare = [&](size_t t, size_t h) {
+        ask_one(kernels, places, t, h, q.data());
+        keep_one(kernels, cache, places, t, h, k.data(), v.data());
     };
-    tenfold::attend(pool, kernels, heads, cache, q.data(), places, prepare_heads, out.data());
-    linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.data(), tokens);
+    tenfold::attend(pool, kernels, layer.heads, cache, q.data(), places, prepare, out.data());
+    linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.data(), places.tokens);
+}
+
+// The half of it that later tokens need.
+void DecoderLayer::keep(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places,
+                        const float* x) const {
+    const Attention& layer = attention;
+    const size_t tokens = places.tokens, narrow = layer.k.matrix.rows, kv_heads = layer.heads.kv_heads;
+    Floats k(tokens * narrow), v(tokens * narrow);
+    linear(pool, kernels, {{layer.k.matrix, layer.k.bias, k.data()}, {layer.v.matrix, layer.v.bias, v.data()}}, x,
+           places.tokens);
+    pool.run(tokens, 1, [&](size_t begin, size_t end) {
+        for (size_t t = begin; t < end; t++) {
+            float* row = &k[t * narrow];
+            if (layer.k_norm && !layer.norm_per_head)
+                kernels.rms_norm(row, layer.k_norm, static_cast<int>(narrow), layer.eps, row);
+            for (size_t h = 0; h < kv_heads; h++) keep_one(kernels, cache, places, t, h, k.data(), v.data());
+        }
+    });
+}
+
+// The other half, of tokens whose keys and values are in the cache.
+void DecoderLayer::ask(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
+                       float* y) const {
+    const Attention& layer = attention;
+    const size_t tokens = places.tokens, wide = layer.q.matrix.rows;
+    Floats q(tokens * wide), out(tokens * wide);
+    linear(pool, kernels, {{layer.q.matrix, layer.q.bias, q.data()}}, x, places.tokens);
+    if (layer.q_norm && !layer.norm_per_head)
+        for (size_t t = 0; t < tokens; t++)
+            kernels.rms_norm(&q[t * wide], layer.q_norm, static_cast<int>(wide), layer.eps, &q[t * wide]);
+    const auto prepare = [&](size_t t, size_t h) { ask_one(kernels, places, t, h, q.data()); };
+    tenfold::attend(pool, kernels, layer.heads, cache, q.data(), places, prepare, out.data());
+    linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.data(), places.tokens);
+}
+
+// A token's key and value of one head.
+void DecoderLayer::keep_one(const Kernels& kernels, const Cache& cache, const Places& places, size_t token,
+                            size_t kv_head, float* k, const float* v) const {
+    const size_t d = attention.heads.head_dim, at = (token * attention.heads.kv_heads + kv_head) * d;
+    const int position = places.positions[token], block = places.blocks_of(token)[position / cache.block_size];
+    prepare(kernels, attention, attention.k_norm, k + at, cos_of(position), sin_of(position));
+    cache.write(kernels, block, static_cast<int>(kv_head), position % cache.block_size, k + at, v + at,
+                static_cast<int>(d));
+}
+
+// Its queries of that head.
+void DecoderLayer::ask_one(const Kernels& kernels, const Places& places, size_t token, size_t kv_head, float* q) const {
+    const Heads& heads = attention.heads;
+    const size_t d = heads.head_dim, group = heads.heads / heads.kv_heads;
+    const int position = places.positions[token];
+    for (size_t g = kv_head * group; g < (kv_head + 1) * group; g++)
+        prepare(kernels, attention, attention.q_norm, q + (token * heads.heads + g) * d, cos_of(position),
+                sin_of(position));
 }
 
 void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, int32_t* chosen,

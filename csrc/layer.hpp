@@ -2,6 +2,7 @@
 #pragma once
 
 #include <deque>
+#include <vector>
 
 #include "aligned.hpp"
 #include "attention.hpp"
@@ -50,6 +51,9 @@ struct DecoderLayer {
 
     // Writes the tokens' keys and values to the cache, too.
     void run_attention(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, float* x) const;
+    // The same for a last layer, after which only `rows` of x, in their order, are of use: others stay as they are.
+    void run_last_attention(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places,
+                            const std::vector<int32_t>& rows, float* x) const;
     // `chosen` is told which experts each token uses, (tokens, K), where it is not null and there are any.
     void run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens, int32_t* chosen) const;
     // Adds what this layer's router would choose if x did not change before its turn.
@@ -60,6 +64,14 @@ private:
     void add(Pool& pool, const Kernels& kernels, const float* norm, float* x, int tokens, const F& f) const;
     void attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
                 float* y) const;
+    void keep(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x) const;
+    void ask(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
+             float* y) const;
+    void keep_one(const Kernels& kernels, const Cache& cache, const Places& places, size_t token, size_t kv_head,
+                  float* k, const float* v) const;
+    void ask_one(const Kernels& kernels, const Places& places, size_t token, size_t kv_head, float* q) const;
+    const float* cos_of(int position) const { return cos + static_cast<size_t>(position) * (attention.rotary_dim / 2); }
+    const float* sin_of(int position) const { return sin + static_cast<size_t>(position) * (attention.rotary_dim / 2); }
     void feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, int32_t* chosen, float* y) const;
 };
 

@@ -137,9 +137,9 @@ struct Decoder {
     Ending ending;
 
     // `chosen` (layers - 1, tokens, top_k) and `chosen_last` (tokens whose logits are wanted, top_k) are told which
-    // experts were used.
+    // experts were used. Of the last layer, x has the tokens alone whose logits are wanted, or all rows.
     void operator()(Address x, const Chunks& chunks, size_t first, size_t end, Address chosen, int top_k,
-                    Address chosen_last, Address logits) const {
+                    Address chosen_last, Address logits, bool all_rows) const {
         const auto start = std::chrono::steady_clock::now();
         const Places places = chunks.places();
         const int tokens = places.tokens;
@@ -152,7 +152,10 @@ struct Decoder {
                         layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens,
                                                        at<int32_t>(chosen) + (n - 1) * tokens * top_k);
                     }
-                    layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
+                    if (n + 1 < layers.size() || all_rows)
+                        layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
+                    else
+                        layers[n].run_last_attention(pool, set, caches[n], places, chunks.rows, at<float>(x));
                 } while (++n < end && seconds_since(begun) < PATIENCE);
                 const bool whole = first == 0 && n == layers.size();
                 if (whole && tokens <= FEW && store()) store()->look_ahead.step(seconds_since(start));
@@ -365,7 +368,7 @@ NB_MODULE(_native, m) {
              }),
              "layers"_a, "keys"_a, "values"_a, "block_size"_a, "head"_a, "norm"_a, "eps"_a)
         .def("__call__", &Decoder::operator(), "x"_a, "chunks"_a, "first"_a, "end"_a, "chosen"_a, "top_k"_a,
-             "chosen_last"_a, "logits"_a)
+             "chosen_last"_a, "logits"_a, "all_rows"_a)
         .def("finish", &Decoder::finish, "x"_a, "chunks"_a, "chosen"_a, "logits"_a);
 
     m.def("busy_seconds", [] {

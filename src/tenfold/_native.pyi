@@ -153,5 +153,6 @@ class Decoder:
         top_k: int,
         chosen_last: int,
         logits: int,
+        all_rows: bool,
     ) -> None: ...
     def finish(self, x: int, chunks: Chunks, chosen: int, logits: int) -> None: ...

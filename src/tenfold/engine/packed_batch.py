@@ -84,7 +84,8 @@ class PackedBatchRunner:
 
 class PackedPass:
     """A `Pass`. A layer's turn is the feed-forward of the layer before it and then its own attention; the
-    last one's feed-forward follows for the tokens alone whose logits are wanted."""
+    last one's feed-forward follows for the tokens alone whose logits are wanted. In its attention, too, the
+    others only leave keys and values, but where `all_rows` is set."""
 
     def __init__(self, runner: PackedBatchRunner, chunks: Sequence[Chunk]):
         config = runner.config
@@ -96,7 +97,7 @@ class PackedPass:
         self._chosen = torch.empty(layers - 1, self.tokens, top_k, dtype=torch.int32)
         self._chosen_last = torch.empty(self._chunks.wanted, top_k, dtype=torch.int32)
         self._logits_NV = torch.empty(self._chunks.wanted, config.vocab_size)
-        self.done = 0
+        self.done, self.all_rows = 0, False
         if config.is_latent:
             self._windows = [config.window(n) for n in range(layers)]
             device = torch.device("cpu")
@@ -135,7 +136,7 @@ class PackedPass:
                 decoder.finish(self.x_TD.data_ptr(), self._chunks, *last)
             return
         x, chosen, top_k = self.x_TD.data_ptr(), self._chosen.data_ptr(), self._config.num_experts_per_tok
-        decoder(x, self._chunks, self.done, until, chosen, top_k, *last)
+        decoder(x, self._chunks, self.done, until, chosen, top_k, *last, self.all_rows)
 
     def _attend_latent(self, n: int) -> None:
         if n > 0:

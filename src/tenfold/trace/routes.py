@@ -52,6 +52,7 @@ class RoutingRunner(PackedRunner):
         self._norms = {n: native.address(f"layers.{n}.{NORM}.weight") for n in sparse}
 
     def run(self, passed: PackedPass) -> None:
+        passed.all_rows = True
         for n in range(self.config.num_hidden_layers):
             passed.advance(1)
             self._look(n, lambda layer: self._route(layer, passed.x_TD))
