@@ -18,7 +18,7 @@ struct LineAllocator {
     LineAllocator() = default;
     template <class Other>
     LineAllocator(const LineAllocator<Other>&) {}
-    // From plain `new`, whose address lies before it: the aligned one takes longer, 2% of a decoded token.
+    // From plain `new`, whose address lies before it: the aligned one takes longer, some 2% of a decoded token (LOG.md).
     T* allocate(size_t count) {
         void* const whole = ::operator new(count * sizeof(T) + LINE);
         void** const first = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(whole) / LINE + 1) * LINE);
