@@ -26,6 +26,11 @@ void turn(float* head, int rotary_dim, bool interleave, const float* cos, const 
     }
 }
 
+// A token's queries or keys, where their norm is not per head.
+void norm_all_heads(const Kernels& kernels, const Attention& layer, const float* norm, float* row, size_t width) {
+    if (norm && !layer.norm_per_head) kernels.rms_norm(row, norm, static_cast<int>(width), layer.eps, row);
+}
+
 // Norm (where it is per head) and RoPE of one head.
 void prepare(const Kernels& kernels, const Attention& layer, const float* norm, float* head, const float* cos,
              const float* sin) {
@@ -120,8 +125,8 @@ void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache
     if (layer.q_norm && !layer.norm_per_head) {
         pool.run(tokens, 8, [&](size_t begin, size_t end) {
             for (size_t t = begin; t < end; t++) {
-                kernels.rms_norm(&q[t * wide], layer.q_norm, static_cast<int>(wide), layer.eps, &q[t * wide]);
-                kernels.rms_norm(&k[t * narrow], layer.k_norm, static_cast<int>(narrow), layer.eps, &k[t * narrow]);
+                norm_all_heads(kernels, layer, layer.q_norm, &q[t * wide], wide);
+                norm_all_heads(kernels, layer, layer.k_norm, &k[t * narrow], narrow);
             }
         });
     }
@@ -143,9 +148,7 @@ void DecoderLayer::keep(Pool& pool, const Kernels& kernels, const Cache& cache, 
            places.tokens);
     pool.run(tokens, 1, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; t++) {
-            float* row = &k[t * narrow];
-            if (layer.k_norm && !layer.norm_per_head)
-                kernels.rms_norm(row, layer.k_norm, static_cast<int>(narrow), layer.eps, row);
+            norm_all_heads(kernels, layer, layer.k_norm, &k[t * narrow], narrow);
             for (size_t h = 0; h < kv_heads; h++) keep_one(kernels, cache, places, t, h, k.data(), v.data());
         }
     });
@@ -158,9 +161,7 @@ void DecoderLayer::ask(Pool& pool, const Kernels& kernels, const Cache& cache, c
     const size_t tokens = places.tokens, wide = layer.q.matrix.rows;
     Floats q(tokens * wide), out(tokens * wide);
     linear(pool, kernels, {{layer.q.matrix, layer.q.bias, q.data()}}, x, places.tokens);
-    if (layer.q_norm && !layer.norm_per_head)
-        for (size_t t = 0; t < tokens; t++)
-            kernels.rms_norm(&q[t * wide], layer.q_norm, static_cast<int>(wide), layer.eps, &q[t * wide]);
+    for (size_t t = 0; t < tokens; t++) norm_all_heads(kernels, layer, layer.q_norm, &q[t * wide], wide);
     const auto prepare = [&](size_t t, size_t h) { ask_one(kernels, places, t, h, q.data()); };
     tenfold::attend(pool, kernels, layer.heads, cache, q.data(), places, prepare, out.data());
     linear(pool, kernels, {{layer.o.matrix, layer.o.bias, y}}, out.data(), places.tokens);

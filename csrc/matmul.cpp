@@ -12,8 +12,8 @@ std::vector<int32_t> tile_starts(const std::vector<int32_t>& first, std::vector<
     std::vector<int32_t> starts;
     for (size_t g = 0; g + 1 < first.size(); g++) {
         groups.push_back(static_cast<int32_t>(starts.size()));
-        const int32_t rows = first[g + 1] - first[g], tiles = (rows + MAX_TOKENS - 1) / MAX_TOKENS;
-        for (int32_t i = 0; i < tiles; i++) starts.push_back(first[g] + rows * i / tiles);
+        const int64_t rows = first[g + 1] - first[g], tiles = (rows + MAX_TOKENS - 1) / MAX_TOKENS;
+        for (int64_t i = 0; i < tiles; i++) starts.push_back(static_cast<int32_t>(first[g] + rows * i / tiles));
     }
     groups.push_back(static_cast<int32_t>(starts.size()));
     starts.push_back(first.back());
@@ -74,7 +74,7 @@ Rounded::Rounded(Pool& pool, const Rounded& rows, const std::vector<int32_t>& so
     });
 }
 
-// Every part of it is written.
+// Every part of it that is read is written.
 void Rounded::make_room() {
     const size_t count = static_cast<size_t>(starts_.back()) * blocks_;
     if (format_ == Format::bf16) return bf16_.resize(count * BLOCK);

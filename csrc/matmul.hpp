@@ -65,7 +65,7 @@ struct Way {
     }
 };
 
-// What to fetch while the tiles of an item, `count` of them, meet its panel. With one tile that is the panel that
+// What to fetch while the tiles of an item, `count` of them and at least one, meet its panel. With one tile that is the panel that
 // comes FAR or more later on the thread's way; with several, the next item's, a part with each tile.
 class AheadOf {
 public:

@@ -122,7 +122,7 @@ def test_every_family_as_torch_computes_it(family: str, seed: int) -> None:
     wanted = model(ids_BS)[:, 20:]
     runner = PackedBatchRunner(packed_of(model, "bf16", "bf16"), 3, 64, 64)
     got = []
-    for start, end, few in ((0, 20, 0), (20, 23, 3), (23, 24, 1), (24, 27, 3)):
+    for start, end, few in ((0, 18, 0), (18, 23, 3), (23, 24, 1), (24, 27, 3)):
         passed = runner.begin(
             [Chunk([n], start, ids[start:end], few) for n, ids in enumerate(ids_BS.tolist())]
         )

@@ -85,7 +85,7 @@ class PackedBatchRunner:
 class PackedPass:
     """A `Pass`. A layer's turn is the feed-forward of the layer before it and then its own attention; the
     last one's feed-forward follows for the tokens alone whose logits are wanted. In its attention, too, the
-    others only leave keys and values, but where `all_rows` is set."""
+    others only leave keys and values, but where it is latent or `all_rows` is set."""
 
     def __init__(self, runner: PackedBatchRunner, chunks: Sequence[Chunk]):
         config = runner.config
