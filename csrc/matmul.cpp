@@ -7,7 +7,7 @@ namespace tenfold {
 
 namespace {
 
-// Tiles of a group as equal as can be: one of few rows takes nearly the time of a full one.
+// Tiles of a group as equal as can be: in one of few rows, products wait for each other.
 std::vector<int32_t> tile_starts(const std::vector<int32_t>& first, std::vector<int32_t>& groups) {
     std::vector<int32_t> starts;
     for (size_t g = 0; g + 1 < first.size(); g++) {

@@ -92,10 +92,7 @@ private:
 
 // The first `rows` of each token's 16 results, to y (tokens, stride).
 inline void put(const float* results, int tokens, int rows, float* y, size_t stride) {
-    if (rows == ROWS)  // which the compiler can then do without calling anything
-        for (int t = 0; t < tokens; t++) std::copy_n(results + t * ROWS, ROWS, y + t * stride);
-    else
-        for (int t = 0; t < tokens; t++) std::copy_n(results + t * ROWS, rows, y + t * stride);
+    for (int t = 0; t < tokens; t++) std::copy_n(results + t * ROWS, rows, y + t * stride);
 }
 
 // results (tokens, 16) += bias (rows)
