@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string_view>
+#include <vector>
 
 #if defined(TENFOLD_X86)
 #include <immintrin.h>
@@ -133,21 +134,34 @@ Way best_way() {
 
 #endif
 
-}  // namespace
-
-uint32_t crc32(const uint8_t* data, size_t size) {
+uint32_t crc32_of_part(const uint8_t* data, size_t size) {
 #if defined(TENFOLD_X86)
     if (size >= 256) return ~best_way()(~uint32_t{0}, data, size);  // what the widest needs
 #endif
     return ~by_tables(~uint32_t{0}, data, size);
 }
 
-// The bytes that follow move the first ones by x^(8 size).
-uint32_t joined_crc32(uint32_t first, uint32_t second, size_t size) {
-    uint32_t square = uint32_t{1} << 23;  // x^8
+// What `size` bytes after them multiply the first ones by: x^(8 size).
+uint32_t moved_by(size_t size) {
+    uint32_t moved = uint32_t{1} << 31, square = uint32_t{1} << 23;  // 1 and x^8
     for (; size; size >>= 1, square = product(square, square))
-        if (size & 1) first = product(first, square);
-    return first ^ second;
+        if (size & 1) moved = product(moved, square);
+    return moved;
+}
+
+}  // namespace
+
+uint32_t crc32(Pool& pool, const uint8_t* data, size_t size) {
+    constexpr size_t PART = size_t{256} << 10;
+    const size_t whole = size / PART, rest = size % PART;
+    std::vector<uint32_t> parts(whole + 1);
+    pool.run(parts.size(), 1, [&](size_t begin, size_t end) {
+        for (size_t i = begin; i < end; i++) parts[i] = crc32_of_part(data + i * PART, i < whole ? PART : rest);
+    });
+    static const uint32_t by_part = moved_by(PART);
+    uint32_t sum = 0;
+    for (size_t i = 0; i < whole; i++) sum = product(sum, by_part) ^ parts[i];
+    return product(sum, moved_by(rest)) ^ parts[whole];
 }
 
 }  // namespace tenfold

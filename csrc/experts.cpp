@@ -209,7 +209,7 @@ void run_experts(Pool& pool, const Kernels& kernels, const Experts& layer, const
     const Rounded rows(pool, kernels, layer.format, x, layer.hidden, each);
     Buffer hidden(routing.filled() * layer.width), outputs(routing.filled() * layer.hidden);
     for (size_t first = 0; first < routing.experts();) {
-        const size_t end = visit ? visit->ready(first) : routing.experts();
+        const size_t end = visit ? visit->ready(pool, first) : routing.experts();
         const Part part = routing.part(first, end, record_of);
         const Call call(pool, kernels, layer, part);
         call.hidden(rows, hidden.get());

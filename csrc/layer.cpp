@@ -100,7 +100,7 @@ void DecoderLayer::run_feed_forward(Pool& pool, const Kernels& kernels, float* x
         [&](const float* in, float* out) { feed(pool, kernels, in, tokens, chosen, out); });
 }
 
-void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens,
+void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens, int eighths,
                            std::deque<Wanted>& experts) const {
     if (!feed_forward.has_experts) return;
     const Router& router = feed_forward.router;
@@ -108,8 +108,10 @@ void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, i
     std::vector<float> weights(ids.size());
     const Floats in = normed(pool, kernels, post_norm, hidden, eps, x, tokens);
     route(pool, kernels, router, in.data(), tokens, ids.data(), weights.data());
-    for (int32_t expert : ids)
-        if (expert >= 0) experts.push_back({feed_forward.experts.layer, expert});
+    for (int k = 0; k < (router.top_k * eighths + 4) / 8; k++)
+        for (int t = 0; t < tokens; t++)
+            if (const int32_t expert = ids[t * router.top_k + k]; expert >= 0)
+                experts.push_back({feed_forward.experts.layer, expert});
 }
 
 void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,

@@ -56,8 +56,10 @@ struct DecoderLayer {
                             const std::vector<int32_t>& rows, float* x) const;
     // `chosen` is told which experts each token uses, (tokens, K), where it is not null and there are any.
     void run_feed_forward(Pool& pool, const Kernels& kernels, float* x, int tokens, int32_t* chosen) const;
-    // Adds what this layer's router would choose if x did not change before its turn.
-    void foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens, std::deque<Wanted>& experts) const;
+    // Adds what this layer's router would choose if x did not change before its turn: of each token's experts the
+    // best, as many eighths of them.
+    void foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens, int eighths,
+                 std::deque<Wanted>& experts) const;
 
 private:
     template <class F>

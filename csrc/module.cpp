@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -147,11 +148,10 @@ struct Decoder {
             try_work([&](Pool& pool, const Kernels& set) {
                 const auto begun = std::chrono::steady_clock::now();
                 do {
-                    if (n > 0) {
-                        if (tokens <= FEW) foresee(pool, set, n, at<float>(x), tokens);
+                    if (n > 0)
                         layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens,
                                                        at<int32_t>(chosen) + (n - 1) * tokens * top_k);
-                    }
+                    if (tokens <= FEW) foresee(pool, set, n, at<float>(x), tokens);
                     if (n + 1 < layers.size() || all_rows)
                         layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
                     else
@@ -182,15 +182,16 @@ struct Decoder {
 private:
     // More of them want most experts, and there is nothing to predict.
     static constexpr int FEW = 8;
-    static constexpr size_t AHEAD = 2;  // layers: after one the disk would often have nothing to read
+    // Eighths of a token's experts that are sure enough to be read, of its next layer, of the one after it, and so on.
+    static constexpr int SURE[] = {8, 4, 3, 2, 1};
     static constexpr double PATIENCE = 0.05;  // seconds, of who presses Ctrl-C
 
-    // What layers n and after seem to want, before the feed-forward of the one before them.
+    // What layers n and after seem to want, before the attention of layer n, which changes less than experts do.
     void foresee(Pool& pool, const Kernels& set, size_t n, const float* x, int tokens) const {
         if (!store() || !store()->looks_ahead()) return;
         std::deque<Wanted> experts;
-        for (size_t m = n; m < std::min(n + AHEAD, layers.size()); m++)
-            layers[m].foresee(pool, set, x, tokens, experts);
+        for (size_t i = 0; i < std::size(SURE) && n + i < layers.size(); i++)
+            layers[n + i].foresee(pool, set, x, tokens, SURE[i], experts);
         store()->foresee(std::move(experts));
     }
 
@@ -240,7 +241,11 @@ NB_MODULE(_native, m) {
         }
     });
     m.def("end_where_a_file_is_lost", &end_where_a_file_is_lost);
-    m.def("crc32", [](Address data, size_t size) { return crc32(at<const uint8_t>(data), size); });
+    m.def("crc32", [](Address data, size_t size) {
+        uint32_t sum = 0;
+        work([&](Pool& pool, const Kernels&) { sum = crc32(pool, at<const uint8_t>(data), size); });
+        return sum;
+    });
     m.def("read_file", [](const nb::bytes& path, uint64_t offset, size_t size, Address to) {
         const nb::gil_scoped_release unlocked;
         File(path.c_str()).read(offset, size, at<uint8_t>(to));
@@ -258,9 +263,9 @@ NB_MODULE(_native, m) {
             new (self) Store(paths, std::move(stored), slots);
         }, "files"_a, "layers"_a, "slots"_a)
         .def("warm", [](Store& self, int layer, const std::vector<int32_t>& experts) {
-            work([&](Pool&, const Kernels&) {
+            work([&](Pool& pool, const Kernels&) {
                 Visit visit(self, layer, experts.data(), 1, static_cast<int>(experts.size()));
-                for (size_t first = 0; first < visit.experts().size();) first = visit.ready(first);
+                for (size_t first = 0; first < visit.experts().size();) first = visit.ready(pool, first);
             });
             hear_signals();
         }, "layer"_a, "experts"_a)

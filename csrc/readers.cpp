@@ -63,7 +63,8 @@ Readers::~Readers() {
 
 void Readers::foresee(std::deque<Wanted> experts) {
     std::lock_guard<std::mutex> alone(mutex_);
-    announced_ = std::move(experts);
+    predicted_ = std::move(experts);
+    wake();
 }
 
 StoreMeter Readers::meter() {
@@ -95,7 +96,7 @@ std::vector<int32_t> Readers::demand(int layer, const int32_t* ids, int tokens, 
     for (Reading& reading : readings_)
         reading.demanded |= reading.wanted.layer == layer && uses[reading.wanted.expert];
     for (int32_t e : missing) demanded_.push_back({layer, e});
-    predicted_ = std::exchange(announced_, {});
+    std::erase_if(predicted_, [&](const Wanted& wanted) { return wanted.layer == layer; });  // no longer a guess
     here.insert(here.end(), coming.begin(), coming.end());
     here.insert(here.end(), missing.begin(), missing.end());
     wake();
@@ -123,6 +124,24 @@ size_t Readers::await(int layer, const std::vector<int32_t>& experts, size_t fir
     size_t end = first + 1;
     while (end < experts.size() && here(end)) end++;
     return end;
+}
+
+// By all threads of who computes with it next, and not by a reader, which would leave the disk idle for that long.
+void Readers::check(Pool& pool, int layer, const std::vector<int32_t>& experts, size_t first, size_t end) {
+    const StoredLayer& stored = records_.layers[layer];
+    for (size_t i = first; i < end; i++) {
+        const int slot = slots_.find(layer, experts[i]);
+        if (slots_[slot].sound) continue;
+        const uint32_t there = crc32(pool, address(slot), stored.record_bytes);
+        const uint32_t written = stored.checksums[experts[i]];
+        std::lock_guard<std::mutex> alone(mutex_);
+        slots_[slot].sound = there == written;
+        if (slots_[slot].sound) continue;
+        slots_.clear(slot);
+        throw ReadError(records_.files[stored.file]->path() + ": " + name({layer, experts[i]}) +
+                        " is damaged: its bytes have the CRC-32 " + hex(there) + ", not " + hex(written) +
+                        "; pack the model again");
+    }
 }
 
 void Readers::release(int layer, const std::vector<int32_t>& experts, size_t first, size_t end) {
@@ -187,33 +206,18 @@ Readers::Reading* Readers::begin(std::deque<Wanted>& queue, bool demanded) {
     return &readings_.back();
 }
 
-// And its checksum, while it is in the caches; pieces are read side by side.
-std::string Readers::read_piece(Reading& reading, size_t at, size_t size) const {
+std::string Readers::read_piece(const Reading& reading, size_t at, size_t size) const {
     const StoredLayer& layer = records_.layers[reading.wanted.layer];
     const uint64_t first = layer.offset + reading.wanted.expert * static_cast<uint64_t>(layer.record_bytes);
     try {
-        uint8_t* const to = address(reading.slot) + at;
-        records_.files[layer.file]->read(first + at, size, to);
-        reading.checksums[at / PIECE] = crc32(to, size);
+        records_.files[layer.file]->read(first + at, size, address(reading.slot) + at);
         return {};
     } catch (const ReadError& error) {
         return error.what() + (" (" + name(reading.wanted) + ")");
     }
 }
 
-std::string Readers::check(const Reading& reading) const {
-    const StoredLayer& layer = records_.layers[reading.wanted.layer];
-    uint32_t there = reading.checksums[0];
-    for (size_t i = 1; i < reading.checksums.size(); i++)
-        there = joined_crc32(there, reading.checksums[i], std::min(PIECE, reading.size - i * PIECE));
-    const uint32_t written = layer.checksums[reading.wanted.expert];
-    if (there == written) return {};
-    return records_.files[layer.file]->path() + ": " + name(reading.wanted) +
-           " is damaged: its bytes have the CRC-32 " + hex(there) + ", not " + hex(written) + "; pack the model again";
-}
-
 void Readers::finish(Reading& reading) {
-    if (reading.error.empty()) reading.error = check(reading);
     if (reading.error.empty()) {
         slots_[reading.slot].ready = true;
         slots_[reading.slot].in_use = reading.demanded;

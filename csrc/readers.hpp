@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "file.hpp"
+#include "pool.hpp"
 #include "slots.hpp"
 
 namespace tenfold {
@@ -53,6 +54,7 @@ public:
     Readers(const Records& records, size_t slots);
     ~Readers();
 
+    // What the next calls seem to want, instead of what seemed so before: read when all that is demanded is under way.
     void foresee(std::deque<Wanted> experts);
     StoreMeter meter();
 
@@ -60,6 +62,8 @@ public:
     std::vector<int32_t> demand(int layer, const int32_t* ids, int tokens, int top_k);
     // Waits for expert number `first` of those, and says up to which one all are here. Throws ReadError, Stalled.
     size_t await(int layer, const std::vector<int32_t>& experts, size_t first);
+    // Throws ReadError for the first of experts [first, end), all here, that is damaged.
+    void check(Pool& pool, int layer, const std::vector<int32_t>& experts, size_t first, size_t end);
     // Experts [first, end) may go.
     void release(int layer, const std::vector<int32_t>& experts, size_t first, size_t end);
     // So may all but the first `released`, which have gone, and no more need come.
@@ -73,7 +77,6 @@ private:
         int slot;
         bool demanded;  // by the call under way
         size_t size, taken = 0, left = size;
-        std::vector<uint32_t> checksums = std::vector<uint32_t>((size + PIECE - 1) / PIECE);  // of its pieces
         std::string error = {};
 
         bool begun() const { return taken < size; }  // some of it is still to be taken
@@ -82,8 +85,7 @@ private:
     void serve();
     Reading* next();
     Reading* begin(std::deque<Wanted>& queue, bool demanded);
-    std::string read_piece(Reading& reading, size_t at, size_t size) const;
-    std::string check(const Reading& reading) const;
+    std::string read_piece(const Reading& reading, size_t at, size_t size) const;
     void finish(Reading& reading);
     void wake();
 
@@ -96,7 +98,7 @@ private:
     std::mutex mutex_;  // it guards what follows
     std::condition_variable work_, arrived_;
     Slots slots_;
-    std::deque<Wanted> demanded_, predicted_, announced_;
+    std::deque<Wanted> demanded_, predicted_;
     std::list<Reading> readings_;
     std::string failure_;  // of what the call under way demanded
     double patience_ = 0;

@@ -72,7 +72,7 @@ int Slots::place(int layer, int expert, bool foreseen) {
     }
     if (last < 0) return -1;
     clear(last);
-    slots_[last] = {layer, expert, false, true, foreseen};
+    slots_[last] = {layer, expert, false, false, true, foreseen};
     places_[layer][expert] = last;
     return last;
 }

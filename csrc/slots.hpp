@@ -10,6 +10,7 @@ namespace tenfold {
 struct Slot {
     int layer = -1, expert = -1;  // -1: empty
     bool ready = false;           // else being read
+    bool sound = false;           // its checksum has been seen to be right
     bool in_use = false;          // by who reads it or computes with it: it must stay
     bool foreseen = false;        // read because it was predicted, and its layer has not come yet
 };

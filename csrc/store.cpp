@@ -52,10 +52,12 @@ Visit::Visit(Store& store, int layer, const int32_t* ids, int tokens, int top_k)
 
 Visit::~Visit() { readers_.dismiss(layer_, experts_, released_, ready_ == experts_.size()); }
 
-size_t Visit::ready(size_t first) {
+size_t Visit::ready(Pool& pool, size_t first) {
     readers_.release(layer_, experts_, released_, first);
     released_ = first;
-    return ready_ = readers_.await(layer_, experts_, first);
+    const size_t end = readers_.await(layer_, experts_, first);
+    readers_.check(pool, layer_, experts_, first, end);
+    return ready_ = end;
 }
 
 const uint8_t* Visit::record(size_t index) const { return readers_.record(layer_, experts_[index]); }

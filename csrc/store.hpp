@@ -19,8 +19,8 @@ public:
     Store(const Store&) = delete;
     Store& operator=(const Store&) = delete;
 
-    // The experts that the layers after the next call seem to want, the nearest first. They are read once all that
-    // it wants is being read.
+    // The experts that the next calls seem to want, the surest and nearest first. They are read while all that was
+    // asked for is here or being read.
     void foresee(std::deque<Wanted> experts);
     // Not where all have room: the look costs as much, and finds nothing.
     bool looks_ahead() const { return slots_ < experts_ && look_ahead.on(); }
@@ -52,7 +52,7 @@ public:
     const std::vector<int32_t>& experts() const { return experts_; }
     // Waits for expert number `first`, and says up to which one all are here. Those before `first` may go.
     // Throws ReadError for one that cannot be read or is damaged, and Stalled.
-    size_t ready(size_t first);
+    size_t ready(Pool& pool, size_t first);
     // Of one that is here.
     const uint8_t* record(size_t index) const;
 

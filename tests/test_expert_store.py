@@ -203,6 +203,14 @@ def test_checksums_are_zlibs(data: bytes, skipped: int) -> None:
             assert compiled.module().crc32(held.data_ptr() + skipped, len(data)) == zlib.crc32(data)
 
 
+@pytest.mark.parametrize("parts", [0.5, 1, 2, 3.7])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_checksums_of_many_parts_are_zlibs(parts: float, more: int) -> None:
+    data = os.urandom(int(parts * (256 << 10)) + more)
+    held = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    assert compiled.module().crc32(held.data_ptr(), len(data)) == zlib.crc32(data)
+
+
 def stored(path: Path, name: str) -> RawTensor:
     return list_raw(path)[name]
 
