@@ -14,7 +14,8 @@
 namespace tenfold {
 namespace {
 
-constexpr int READERS = 4;  // enough for the queue of a fast disk
+constexpr int READERS = 8;  // so that a disk which answers several at once has others to go on with
+constexpr int GUESSING = 4;  // that read what is only predicted: what is demanded next waits for all they ask for
 constexpr double PATIENCE = 0.25;  // seconds without an expert before a call is Stalled; twice that the next time
 
 size_t largest(const std::vector<StoredLayer>& layers) {
@@ -170,9 +171,11 @@ void Readers::serve() {
         if (stop_) return;
         const size_t at = reading->taken, size = std::min(PIECE, reading->size - at);
         reading->taken += size;
+        busy_++;
         lock.unlock();
         std::string error = read_piece(*reading, at, size);
         lock.lock();
+        busy_--;
         meter_.bytes_read += error.empty() ? size : 0;
         reading->left -= size;
         if (!error.empty()) {
@@ -188,6 +191,7 @@ Readers::Reading* Readers::next() {
     for (Reading& reading : readings_)
         if (reading.demanded && reading.begun()) return &reading;
     if (Reading* reading = begin(demanded_, true)) return reading;
+    if (busy_ >= GUESSING) return nullptr;
     const auto rest = std::find_if(readings_.begin(), readings_.end(), std::mem_fn(&Reading::begun));
     if (rest != readings_.end()) return &*rest;
     return demanded_.empty() ? begin(predicted_, false) : nullptr;
@@ -230,10 +234,15 @@ void Readers::finish(Reading& reading) {
     wake();
 }
 
-// Only where there may be something to do: a thread that looks for nothing takes the time of one that computes.
+// As many as may find something to do: a thread that looks for nothing takes the time of one that computes.
 void Readers::wake() {
-    const bool begun = std::any_of(readings_.begin(), readings_.end(), std::mem_fn(&Reading::begun));
-    if (begun || !demanded_.empty() || !predicted_.empty()) work_.notify_all();
+    const auto pieces = [](size_t bytes) { return static_cast<int>((bytes + PIECE - 1) / PIECE); };
+    int demanded = static_cast<int>(demanded_.size()) * pieces(stride_);
+    int guessed = static_cast<int>(predicted_.size()) * pieces(stride_);
+    for (const Reading& reading : readings_)
+        (reading.demanded ? demanded : guessed) += pieces(reading.size - reading.taken);
+    const int useful = std::max(std::min(demanded, READERS), std::min(guessed, GUESSING - busy_));
+    for (int i = 0; i < useful; i++) work_.notify_one();
 }
 
 std::string Readers::name(const Wanted& wanted) const {

@@ -100,6 +100,7 @@ private:
     Slots slots_;
     std::deque<Wanted> demanded_, predicted_;
     std::list<Reading> readings_;
+    int busy_ = 0;  // threads that read a piece
     std::string failure_;  // of what the call under way demanded
     double patience_ = 0;
     int stalled_ = -1;  // layer of the last call, if it was: what it wanted has been counted, and it comes again

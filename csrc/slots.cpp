@@ -6,12 +6,16 @@
 #include <cmath>
 #include <limits>
 #include <new>
+#include <utility>
 
 namespace tenfold {
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
 // Tokens after which a use counts half, as in tenfold/trace/simulate.py.
 constexpr double HALF_LIFE = 32;
+// Of what was foreseen, the last that count for how sure that is, and the least it is taken for: it must be tried, to
+// be seen to come true.
+constexpr double FORESEEN = 32, LEAST_SURE = 0.1;
 // Of an expert that no token chose, as far as is remembered.
 constexpr double RARE = 1e-6;
 
@@ -41,7 +45,8 @@ void Slots::count(int layer, const std::vector<int>& uses, int tokens) {
     const double faded = std::exp2(-tokens / HALF_LIFE);
     for (size_t e = 0; e < uses.size(); e++) {
         frequency.uses[e] = frequency.uses[e] * faded + uses[e];
-        if (places_[layer][e] >= 0) slots_[places_[layer][e]].foreseen = false;
+        if (places_[layer][e] < 0) continue;
+        if (std::exchange(slots_[places_[layer][e]].foreseen, false)) sure_ += ((uses[e] > 0) - sure_) / FORESEEN;
     }
     frequency.tokens = frequency.tokens * faded + tokens;
 }
@@ -52,18 +57,19 @@ double Slots::turn(int layer) const {
     return static_cast<double>((layer - layer_ - 1 + layers) % layers) / layers;
 }
 
-// In tokens from now, expected: each chooses the expert with the probability that recent ones did, when the
-// layer's turn comes, for the layers take turns. So the cheapest loss among equals is of the layer just done.
+// In tokens from now, expected: each chooses the expert with the probability that recent ones did, or that what was
+// foreseen came true, when the layer's turn comes, for the layers take turns. So the cheapest loss among equals is of
+// the layer just done.
 double Slots::next_use(const Slot& slot) const {
-    if (slot.foreseen) return turn(slot.layer);
     const Frequency& frequency = frequencies_[slot.layer];
-    const double chance = frequency.tokens > 0 ? frequency.uses[slot.expert] / frequency.tokens : 0;
+    const double recent = frequency.tokens > 0 ? frequency.uses[slot.expert] / frequency.tokens : 0;
+    const double chance = slot.foreseen ? std::max(sure_, LEAST_SURE) : recent;
     return 1 / std::max(chance, RARE) - 1 + turn(slot.layer);
 }
 
 int Slots::place(int layer, int expert, bool foreseen) {
     int last = -1;
-    double latest = foreseen ? turn(layer) : -1;
+    double latest = foreseen ? next_use({.layer = layer, .expert = expert, .foreseen = true}) : -1;
     for (size_t s = 0; s < slots_.size(); s++) {
         const Slot& slot = slots_[s];
         if (slot.in_use) continue;
