@@ -120,25 +120,26 @@ WIDE_FOLDING uint32_t by_wide_folding(uint32_t state, const uint8_t* data, size_
     return by_tables(by_folding(0, folded, 64), data, size);
 }
 
+#endif
+
 using Way = uint32_t (*)(uint32_t state, const uint8_t* data, size_t size);
 
 // The best this machine has, or that TENFOLD_ISA leaves.
 Way best_way() {
+#if defined(TENFOLD_X86)
     const char* isa = std::getenv("TENFOLD_ISA");
     const std::string_view wanted = isa ? isa : "";
     __builtin_cpu_init();
     if (wanted == "portable" || !__builtin_cpu_supports("pclmul")) return by_tables;
     const bool wide = __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx512f");
     return wide && wanted != "avx2" ? by_wide_folding : by_folding;
+#else
+    return by_tables;
+#endif
 }
 
-#endif
-
-uint32_t crc32_of_part(const uint8_t* data, size_t size) {
-#if defined(TENFOLD_X86)
-    if (size >= 256) return ~best_way()(~uint32_t{0}, data, size);  // what the widest needs
-#endif
-    return ~by_tables(~uint32_t{0}, data, size);
+uint32_t crc32_of_part(Way way, const uint8_t* data, size_t size) {
+    return ~(size >= 256 ? way : by_tables)(~uint32_t{0}, data, size);  // what the widest needs
 }
 
 // What `size` bytes after them multiply the first ones by: x^(8 size).
@@ -155,8 +156,9 @@ uint32_t crc32(Pool& pool, const uint8_t* data, size_t size) {
     constexpr size_t PART = size_t{256} << 10;
     const size_t whole = size / PART, rest = size % PART;
     std::vector<uint32_t> parts(whole + 1);
+    const Way way = best_way();
     pool.run(parts.size(), 1, [&](size_t begin, size_t end) {
-        for (size_t i = begin; i < end; i++) parts[i] = crc32_of_part(data + i * PART, i < whole ? PART : rest);
+        for (size_t i = begin; i < end; i++) parts[i] = crc32_of_part(way, data + i * PART, i < whole ? PART : rest);
     });
     static const uint32_t by_part = moved_by(PART);
     uint32_t sum = 0;

@@ -1,4 +1,4 @@
-// CRC-32 as zlib, gzip and PNG have it, fast enough to check every record that is read.
+// CRC-32 as zlib, gzip and PNG have it, fast enough to check every record that is computed with.
 #pragma once
 
 #include <cstddef>

@@ -102,13 +102,14 @@ void DecoderLayer::run_feed_forward(Pool& pool, const Kernels& kernels, float* x
 
 void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, int tokens, int eighths,
                            std::deque<Wanted>& experts) const {
-    if (!feed_forward.has_experts) return;
     const Router& router = feed_forward.router;
+    const int best = (router.top_k * eighths + 4) / 8;
+    if (!feed_forward.has_experts || best == 0) return;
     std::vector<int32_t> ids(static_cast<size_t>(tokens) * router.top_k);
     std::vector<float> weights(ids.size());
     const Floats in = normed(pool, kernels, post_norm, hidden, eps, x, tokens);
     route(pool, kernels, router, in.data(), tokens, ids.data(), weights.data());
-    for (int k = 0; k < (router.top_k * eighths + 4) / 8; k++)
+    for (int k = 0; k < best; k++)
         for (int t = 0; t < tokens; t++)
             if (const int32_t expert = ids[t * router.top_k + k]; expert >= 0)
                 experts.push_back({feed_forward.experts.layer, expert});

@@ -151,7 +151,7 @@ struct Decoder {
                     if (n > 0)
                         layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens,
                                                        at<int32_t>(chosen) + (n - 1) * tokens * top_k);
-                    if (tokens <= FEW) foresee(pool, set, n, at<float>(x), tokens);
+                    foresee(pool, set, n, at<float>(x), tokens);
                     if (n + 1 < layers.size() || all_rows)
                         layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
                     else
@@ -186,11 +186,13 @@ private:
     static constexpr int SURE[] = {8, 4, 3, 2, 1};
     static constexpr double PATIENCE = 0.05;  // seconds, of who presses Ctrl-C
 
-    // What layers n and after seem to want, before the attention of layer n, which changes less than experts do.
+    // What layers n and after seem to want, before the attention of layer n, which changes less than experts do; of
+    // many tokens, or where looking costs more than it brings, nothing.
     void foresee(Pool& pool, const Kernels& set, size_t n, const float* x, int tokens) const {
-        if (!store() || !store()->looks_ahead()) return;
+        if (!store()) return;
         std::deque<Wanted> experts;
-        for (size_t i = 0; i < std::size(SURE) && n + i < layers.size(); i++)
+        const size_t looks = tokens <= FEW && store()->looks_ahead() ? std::size(SURE) : 0;
+        for (size_t i = 0; i < std::min(looks, layers.size() - n); i++)
             layers[n + i].foresee(pool, set, x, tokens, SURE[i], experts);
         store()->foresee(std::move(experts));
     }

@@ -15,7 +15,7 @@ namespace tenfold {
 namespace {
 
 constexpr int READERS = 8;  // so that a disk which answers several at once has others to go on with
-constexpr int GUESSING = 4;  // that read what is only predicted: what is demanded next waits for all they ask for
+constexpr int GUESSING = 4;  // a guess is read where fewer than that read at all: what is demanded next waits for them
 constexpr double PATIENCE = 0.25;  // seconds without an expert before a call is Stalled; twice that the next time
 
 size_t largest(const std::vector<StoredLayer>& layers) {
@@ -131,15 +131,20 @@ size_t Readers::await(int layer, const std::vector<int32_t>& experts, size_t fir
 void Readers::check(Pool& pool, int layer, const std::vector<int32_t>& experts, size_t first, size_t end) {
     const StoredLayer& stored = records_.layers[layer];
     for (size_t i = first; i < end; i++) {
-        const int slot = slots_.find(layer, experts[i]);
+        const Wanted wanted{layer, experts[i]};
+        const int slot = slots_.find(layer, wanted.expert);
         if (slots_[slot].sound) continue;
-        const uint32_t there = crc32(pool, address(slot), stored.record_bytes);
-        const uint32_t written = stored.checksums[experts[i]];
+        const uint32_t written = stored.checksums[wanted.expert];
+        uint32_t there = crc32(pool, address(slot), stored.record_bytes);
+        if (there != written) {  // perhaps it was read on a guess, long ago, and the file is whole again
+            read(wanted, 0, stored.record_bytes, address(slot));
+            there = crc32(pool, address(slot), stored.record_bytes);
+        }
         std::lock_guard<std::mutex> alone(mutex_);
         slots_[slot].sound = there == written;
         if (slots_[slot].sound) continue;
         slots_.clear(slot);
-        throw ReadError(records_.files[stored.file]->path() + ": " + name({layer, experts[i]}) +
+        throw ReadError(records_.files[stored.file]->path() + ": " + name(wanted) +
                         " is damaged: its bytes have the CRC-32 " + hex(there) + ", not " + hex(written) +
                         "; pack the model again");
     }
@@ -173,7 +178,12 @@ void Readers::serve() {
         reading->taken += size;
         busy_++;
         lock.unlock();
-        std::string error = read_piece(*reading, at, size);
+        std::string error;
+        try {
+            read(reading->wanted, at, size, address(reading->slot) + at);
+        } catch (const ReadError& failure) {
+            error = failure.what();
+        }
         lock.lock();
         busy_--;
         meter_.bytes_read += error.empty() ? size : 0;
@@ -210,14 +220,13 @@ Readers::Reading* Readers::begin(std::deque<Wanted>& queue, bool demanded) {
     return &readings_.back();
 }
 
-std::string Readers::read_piece(const Reading& reading, size_t at, size_t size) const {
-    const StoredLayer& layer = records_.layers[reading.wanted.layer];
-    const uint64_t first = layer.offset + reading.wanted.expert * static_cast<uint64_t>(layer.record_bytes);
+void Readers::read(const Wanted& wanted, size_t at, size_t size, uint8_t* to) const {
+    const StoredLayer& layer = records_.layers[wanted.layer];
+    const uint64_t first = layer.offset + wanted.expert * static_cast<uint64_t>(layer.record_bytes);
     try {
-        records_.files[layer.file]->read(first + at, size, address(reading.slot) + at);
-        return {};
+        records_.files[layer.file]->read(first + at, size, to);
     } catch (const ReadError& error) {
-        return error.what() + (" (" + name(reading.wanted) + ")");
+        throw ReadError(error.what() + (" (" + name(wanted) + ")"));
     }
 }
 
@@ -241,7 +250,7 @@ void Readers::wake() {
     int guessed = static_cast<int>(predicted_.size()) * pieces(stride_);
     for (const Reading& reading : readings_)
         (reading.demanded ? demanded : guessed) += pieces(reading.size - reading.taken);
-    const int useful = std::max(std::min(demanded, READERS), std::min(guessed, GUESSING - busy_));
+    const int useful = std::max(std::min(demanded, READERS), std::min(demanded + guessed, GUESSING - busy_));
     for (int i = 0; i < useful; i++) work_.notify_one();
 }
 

@@ -62,7 +62,7 @@ public:
     std::vector<int32_t> demand(int layer, const int32_t* ids, int tokens, int top_k);
     // Waits for expert number `first` of those, and says up to which one all are here. Throws ReadError, Stalled.
     size_t await(int layer, const std::vector<int32_t>& experts, size_t first);
-    // Throws ReadError for the first of experts [first, end), all here, that is damaged.
+    // Throws ReadError for the first of experts [first, end), all here, that is damaged. A bad one is read once more.
     void check(Pool& pool, int layer, const std::vector<int32_t>& experts, size_t first, size_t end);
     // Experts [first, end) may go.
     void release(int layer, const std::vector<int32_t>& experts, size_t first, size_t end);
@@ -85,7 +85,7 @@ private:
     void serve();
     Reading* next();
     Reading* begin(std::deque<Wanted>& queue, bool demanded);
-    std::string read_piece(const Reading& reading, size_t at, size_t size) const;
+    void read(const Wanted& wanted, size_t at, size_t size, uint8_t* to) const;
     void finish(Reading& reading);
     void wake();
 

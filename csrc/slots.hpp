@@ -59,7 +59,7 @@ private:
     std::vector<std::vector<int>> places_;
     std::vector<Frequency> frequencies_;
     int layer_ = 0;  // asked last
-    double sure_ = 1;  // what was foreseen lately, and came true
+    double sure_ = 1;  // the share of what was foreseen lately that came true
 };
 
 }  // namespace tenfold

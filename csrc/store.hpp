@@ -10,7 +10,7 @@
 
 namespace tenfold {
 
-// Every record is checked against its checksum before it is used. A forked process finds no expert in memory.
+// Every record is checked against its checksum before it is first used. A forked process finds no expert in memory.
 class Store {
 public:
     // At least two slots. Throws ReadError, or std::bad_alloc.

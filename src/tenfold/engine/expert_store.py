@@ -27,11 +27,11 @@ class StoreMeter(NamedTuple):
     wait_seconds: float
     """That calls waited for experts with nothing left to compute."""
     prefetched: int
-    """Experts that were read because the next layer's router seemed to want them."""
+    """Experts that were read because a router, asked before its turn, seemed to want them."""
     prefetched_used: int
-    """Those that it then wanted."""
+    """Those that were wanted when its turn came."""
     prefetched_late: int
-    """Of these, still being read when it did: misses too."""
+    """Of these, still being read by then: misses too."""
 
     @property
     def prefetched_in_time(self) -> int:
