@@ -248,6 +248,20 @@ def test_a_record_damaged_while_running_is_never_computed_with(own: Path) -> Non
     assert stepwise(runner, text(), 20).equal(wanted)
 
 
+def test_what_was_read_of_a_file_before_it_was_whole_is_read_again(own: Path) -> None:
+    """All of a layer is read at once, and the first of it that is damaged ends the call."""
+    wanted, runner = logits(own, None, text(), 20), PackedRunner(read_packed(own, 12), 1, 40)
+    middles = [(file, at + RECORD // 2) for file, at in (record(own, 1, expert) for expert in range(8))]
+    for file, at in middles:
+        damage(file, at)
+    with pytest.raises(TenfoldError, match=r"layer 1, expert \d is damaged"):
+        runner.forward(text()[:, :20])
+    for file, at in middles:
+        damage(file, at)
+    runner.reset()
+    assert stepwise(runner, text(), 20).equal(wanted)
+
+
 def test_a_file_truncated_while_running_is_an_error(own: Path) -> None:
     runner = PackedRunner(read_packed(own, 2), 1, 40)
     file, at = record(own, 1, 4)
