@@ -65,8 +65,8 @@ struct Way {
     }
 };
 
-// What to fetch while the tiles of an item, `count` of them and at least one, meet its panel. With one tile that is the panel that
-// comes FAR or more later on the thread's way; with several, the next item's, a part with each tile.
+// What to fetch while the tiles of an item, `count` of them and at least one, meet its panel. With one tile that is the
+// panel that comes FAR or more later on the thread's way; with several, the next item's, a part with each tile.
 class AheadOf {
 public:
     // `panel_at(item)` is a panel's address, `item_bytes` the bytes that one item reads.

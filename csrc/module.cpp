@@ -98,8 +98,8 @@ void work(const F& f) {
     while (!try_work(f)) hear_signals();
 }
 
-// The chunks of a pass (engine/batch.py), which `check` has seen, as the kernels need them. Here and not in Python, which would take longer
-// than a layer of one token: all that it touches has left the caches since the token before.
+// The chunks of a pass (engine/batch.py), which `check` has seen, as the kernels need them. Here and not in Python,
+// which would take longer than a layer of one token: all that it touches has left the caches since the token before.
 struct Chunks {
     using Chunk = std::tuple<std::vector<int32_t>, int, std::vector<int32_t>, int>;  // blocks, start, ids, wanted
 
