@@ -248,7 +248,8 @@ def contract(bench: Bench) -> Iterator[Row]:
     """Random budgets, prompts and batches: how many were killed, or held more than their budget."""
     dice, exceeded, most = random.Random(0), 0, 0.0
     models = [bench.pack("olmoe-1b-7b", rest, 2) for rest in ("q4", "q8")]
-    for _ in track(range(bench.runs), "contract", console=Console(stderr=True)):
+    console = Console(stderr=True)
+    for _ in track(range(bench.runs), "contract", console=console):
         settings = {
             "prompt_tokens": dice.choice((1, 7, 100, 1500)),
             "tokens": dice.randint(1, 8),
@@ -260,8 +261,10 @@ def contract(bench: Bench) -> Iterator[Row]:
         budget = request["budget"] = int(least * dice.choice((1, 1, dice.uniform(1, 2))))
         for limit in (budget, 4 * budget):  # in the wide one the peak may show what the narrow one hides
             answer, peak, kills = _within(request, limit)
-            exceeded += "error" in answer or kills > 0 or peak > budget
-            most = max(most, peak / budget)
+            over = "error" in answer or kills > 0 or peak > budget
+            exceeded, most = exceeded + over, max(most, peak / budget)
+            verdict = f"exceeded: {kills} killed, {answer.get('error')}" if over else "kept"
+            console.print(f"{verdict}, {peak / budget:.3f} of {size(budget)} in {size(limit)}: {settings}")
     yield row(f"budgets exceeded in {bench.runs} random runs", exceeded, None, 0, "runs")
     yield row("most of a budget that was held", most, None, 1.0, "of it")
 
