@@ -148,20 +148,28 @@ struct Decoder {
             try_work([&](Pool& pool, const Kernels& set) {
                 const auto begun = std::chrono::steady_clock::now();
                 do {
-                    if (n > 0)
-                        layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens,
-                                                       at<int32_t>(chosen) + (n - 1) * tokens * top_k);
-                    foresee(pool, set, n, at<float>(x), tokens);
+                    until_attention(pool, set, n, at<float>(x), tokens, at<int32_t>(chosen), top_k);
                     if (n + 1 < layers.size() || all_rows)
                         layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
                     else
                         layers[n].run_last_attention(pool, set, caches[n], places, chunks.rows, at<float>(x));
                 } while (++n < end && seconds_since(begun) < PATIENCE);
-                const bool whole = first == 0 && n == layers.size();
-                if (whole && tokens <= FEW && store()) store()->look_ahead.step(seconds_since(start));
+                if (first == 0 && n == layers.size()) took(seconds_since(start), tokens);
             });
         }
         if (end == layers.size()) finish(x, chunks, chosen_last, logits);
+    }
+
+    // The same where somebody else computes attention: the turn of layer n before it,
+    void begin(size_t n, Address x, int tokens, Address chosen, int top_k) const {
+        work([&](Pool& pool, const Kernels& set) {
+            until_attention(pool, set, n, at<float>(x), tokens, at<int32_t>(chosen), top_k);
+        });
+    }
+
+    // and, when all layers had theirs in one go, how long that took: so looking ahead is tried.
+    void took(double seconds, int tokens) const {
+        if (tokens <= FEW && store()) store()->look_ahead.step(seconds);
     }
 
     // What is left after all layers, for the tokens whose logits are wanted: the last feed-forward, and those.
@@ -185,6 +193,12 @@ private:
     // Eighths of a token's experts that are sure enough to be read, of its next layer, of the one after it, and so on.
     static constexpr int SURE[] = {8, 4, 3, 2, 1};
     static constexpr double PATIENCE = 0.05;  // seconds, of who presses Ctrl-C
+
+    void until_attention(Pool& pool, const Kernels& set, size_t n, float* x, int tokens, int32_t* chosen,
+                         int top_k) const {
+        if (n > 0) layers[n - 1].run_feed_forward(pool, set, x, tokens, chosen + (n - 1) * tokens * top_k);
+        foresee(pool, set, n, x, tokens);
+    }
 
     // What layers n and after seem to want, before the attention of layer n, which changes less than experts do; of
     // many tokens, or where looking costs more than it brings, nothing.
@@ -348,12 +362,7 @@ NB_MODULE(_native, m) {
                                      at<const float>(sin)};
              }),
              "attention"_a.none(), "feed_forward"_a, "input_norm"_a, "post_norm"_a, "eps"_a, "residual"_a, "hidden"_a,
-             "cos"_a, "sin"_a)
-        .def("feed_forward", [](const DecoderLayer& self, Address x, int tokens, Address chosen) {
-            work([&](Pool& pool, const Kernels& set) {
-                self.run_feed_forward(pool, set, at<float>(x), tokens, at<int32_t>(chosen));
-            });
-        }, "x"_a, "tokens"_a, "chosen"_a = 0);
+             "cos"_a, "sin"_a);
 
     nb::class_<Chunks>(m, "Chunks")
         .def(nb::init<const std::vector<Chunks::Chunk>&, int>(), "chunks"_a, "num_blocks"_a)
@@ -376,6 +385,8 @@ NB_MODULE(_native, m) {
              "layers"_a, "keys"_a, "values"_a, "block_size"_a, "head"_a, "norm"_a, "eps"_a)
         .def("__call__", &Decoder::operator(), "x"_a, "chunks"_a, "first"_a, "end"_a, "chosen"_a, "top_k"_a,
              "chosen_last"_a, "logits"_a, "all_rows"_a)
+        .def("begin", &Decoder::begin, "n"_a, "x"_a, "tokens"_a, "chosen"_a, "top_k"_a)
+        .def("took", &Decoder::took, "seconds"_a, "tokens"_a)
         .def("finish", &Decoder::finish, "x"_a, "chunks"_a, "chosen"_a, "logits"_a);
 
     m.def("busy_seconds", [] {

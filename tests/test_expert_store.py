@@ -36,6 +36,7 @@ from tenfold.packed import StreamedExperts, load_packed, read_packed
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels in this installation")
 
 MODEL = SHAPE | {"num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 3, "vocab_size": 53}
+LATENT = {"num_experts": 8, "num_experts_per_tok": 3, "mlp_only_layers": ()}
 EXPERTS = 24
 RECORD = record_bytes("q4", 48, 24)
 
@@ -142,15 +143,17 @@ def test_what_is_used_most_stays(kept: Path) -> None:
     assert after.hits - before.hits > 0.8 * 20 * 9
 
 
-def test_look_ahead_reads_ahead_and_changes_nothing(kept: Path) -> None:
+@pytest.mark.parametrize("attention", ["grouped", "latent"])
+def test_look_ahead_reads_ahead_and_changes_nothing(attention: str, kept: Path, tmp_path: Path) -> None:
     ids_BS = text(1, 90)
-    model = read_packed(kept, 6)
+    path = kept if attention == "grouped" else write_pack(tmp_path, random_fields("deepseek_v2", 0) | LATENT)
+    model = read_packed(path, 6)
     got = stepwise(PackedRunner(model, 1, 90), ids_BS, 3)
-    assert got.equal(logits(kept, None, ids_BS, 3))
+    assert got.equal(logits(path, None, ids_BS, 3))
     assert model.store
     meter = model.store.meter()
     assert 0 < meter.prefetched_used <= meter.prefetched
-    assert meter.bytes_read <= (meter.misses + meter.prefetched) * RECORD
+    assert meter.bytes_read <= (meter.misses + meter.prefetched) * model.store.record_bytes
 
 
 def test_nothing_is_looked_for_where_all_have_room(kept: Path) -> None:

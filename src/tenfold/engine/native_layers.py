@@ -20,7 +20,7 @@ CHOICES = ("softmax", "topk_softmax", "sigmoid")
 
 
 class NativeLayers:
-    """`layers[n]` with `attention(...)` and `feed_forward(...)` as csrc/layer.hpp has them.
+    """`layers[n]`, a `Layer` of csrc/module.cpp.
 
     Holds every tensor whose address the layers know.
     """

@@ -1,6 +1,7 @@
 """A packed model that many sequences go through together, in the compiled kernels."""
 
 import math
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -128,20 +129,23 @@ class PackedPass:
 
     def _run(self, until: int) -> None:
         """The turns of the layers before `until`, and what is left after the last one's."""
-        decoder, last = self._runner.decoder, (self._chosen_last.data_ptr(), self._logits_NV.data_ptr())
-        if self._config.is_latent:
-            for n in range(self.done, until):
-                self._attend_latent(n)
-            if until == self._config.num_hidden_layers:
-                decoder.finish(self.x_TD.data_ptr(), self._chunks, *last)
+        decoder, chosen, top_k = self._runner.decoder, self._chosen.data_ptr(), self._config.num_experts_per_tok
+        last = (self._chosen_last.data_ptr(), self._logits_NV.data_ptr())
+        if not self._config.is_latent:
+            x = self.x_TD.data_ptr()
+            decoder(x, self._chunks, self.done, until, chosen, top_k, *last, self.all_rows)
             return
-        x, chosen, top_k = self.x_TD.data_ptr(), self._chosen.data_ptr(), self._config.num_experts_per_tok
-        decoder(x, self._chunks, self.done, until, chosen, top_k, *last, self.all_rows)
+        begun, total = time.perf_counter(), self._config.num_hidden_layers
+        for n in range(self.done, until):
+            decoder.begin(n, self.x_TD.data_ptr(), self.tokens, chosen, top_k)
+            self._attend_latent(n)
+        if until < total:
+            return
+        if self.done == 0:
+            decoder.took(time.perf_counter() - begun, self.tokens)
+        decoder.finish(self.x_TD.data_ptr(), self._chunks, *last)
 
     def _attend_latent(self, n: int) -> None:
-        if n > 0:
-            chosen = self._chosen[n - 1].data_ptr()
-            self._runner.native.layers[n - 1].feed_forward(self.x_TD.data_ptr(), self.tokens, chosen)
         pool, layer = self._runner.pools[n], self._runner.latent[n]
         x_1TD = pool.attend(layer, self.x_TD[None], self._latent_places, self._windows[n])
         self.x_TD = x_1TD[0].contiguous()
