@@ -191,7 +191,9 @@ private:
 
 void attend(Pool& pool, const Kernels& kernels, const Heads& heads, const Cache& cache, const float* queries,
             const Places& places, const std::function<void(size_t, size_t)>& prepare, float* out) {
-    const int group = heads.heads / heads.kv_heads, shared = std::min(group, MAX_TOKENS);
+    const int group = heads.heads / heads.kv_heads, tiles = places.tokens * heads.kv_heads;
+    // Tiles of full size, but for every thread one.
+    const int shared = std::min({group, MAX_TOKENS, std::max(1, group * tiles / pool.size())});
     const int pieces = (group + shared - 1) / shared;  // of the query heads of one key head
     const int32_t *sequences = places.sequences, *end_of_sequences = sequences + places.tokens;
     const auto runs = cut(places, MAX_TOKENS / shared);

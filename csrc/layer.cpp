@@ -7,35 +7,16 @@
 namespace tenfold {
 namespace {
 
-// Turn the first rotary_dim dimensions of a head; cos and sin are rows of rotary_dim / 2.
-void turn(float* head, int rotary_dim, bool interleave, const float* cos, const float* sin) {
-    const int half = rotary_dim / 2;
-    if (!interleave) {
-        for (int i = 0; i < half; i++) {
-            const float a = head[i], b = head[half + i];
-            head[i] = a * cos[i] - b * sin[i];
-            head[half + i] = b * cos[i] + a * sin[i];
-        }
-        return;
-    }
-    std::vector<float> pairs(head, head + rotary_dim);
-    for (int i = 0; i < half; i++) {
-        const float a = pairs[2 * i], b = pairs[2 * i + 1];
-        head[i] = a * cos[i] - b * sin[i];
-        head[half + i] = b * cos[i] + a * sin[i];
-    }
-}
-
 // A token's queries or keys, where their norm is not per head.
 void norm_all_heads(const Kernels& kernels, const Attention& layer, const float* norm, float* row, size_t width) {
     if (norm && !layer.norm_per_head) kernels.rms_norm(row, norm, static_cast<int>(width), layer.eps, row);
 }
 
 // Norm (where it is per head) and RoPE of one head.
-void prepare(const Kernels& kernels, const Attention& layer, const float* norm, float* head, const float* cos,
-             const float* sin) {
+void prepare(const Kernels& kernels, const Attention& layer, const Rope& rope, const float* norm, float* head,
+             int position) {
     if (norm && layer.norm_per_head) kernels.rms_norm(head, norm, layer.heads.head_dim, layer.eps, head);
-    turn(head, layer.rotary_dim, layer.interleave, cos, sin);
+    rope.turn(head, position);
 }
 
 void run_swiglu(Pool& pool, const Kernels& kernels, const SwiGLU& layer, const float* x, int tokens, float* y) {
@@ -117,6 +98,10 @@ void DecoderLayer::foresee(Pool& pool, const Kernels& kernels, const float* x, i
 
 void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
                           float* y) const {
+    if (latent) {
+        keep(pool, kernels, cache, places, x);
+        return ask(pool, kernels, cache, places, x, y);
+    }
     const Attention& layer = attention;
     const size_t tokens = places.tokens, wide = layer.q.matrix.rows, narrow = layer.k.matrix.rows;
     Floats q(tokens * wide), k(tokens * narrow), v(tokens * narrow), out(tokens * wide);
@@ -144,6 +129,7 @@ void DecoderLayer::attend(Pool& pool, const Kernels& kernels, const Cache& cache
 // The half of it that later tokens need.
 void DecoderLayer::keep(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places,
                         const float* x) const {
+    if (latent) return latent->keep(pool, kernels, rope, cache, places, x);
     const Attention& layer = attention;
     const size_t tokens = places.tokens, narrow = layer.k.matrix.rows, kv_heads = layer.heads.kv_heads;
     Floats k(tokens * narrow), v(tokens * narrow);
@@ -160,6 +146,7 @@ void DecoderLayer::keep(Pool& pool, const Kernels& kernels, const Cache& cache, 
 // The other half, of tokens whose keys and values are in the cache.
 void DecoderLayer::ask(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, const float* x,
                        float* y) const {
+    if (latent) return latent->ask(pool, kernels, rope, cache, places, x, y);
     const Attention& layer = attention;
     const size_t tokens = places.tokens, wide = layer.q.matrix.rows;
     Floats q(tokens * wide), out(tokens * wide);
@@ -175,7 +162,7 @@ void DecoderLayer::keep_one(const Kernels& kernels, const Cache& cache, const Pl
                             size_t kv_head, float* k, const float* v) const {
     const size_t d = attention.heads.head_dim, at = (token * attention.heads.kv_heads + kv_head) * d;
     const int position = places.positions[token], block = places.blocks_of(token)[position / cache.block_size];
-    prepare(kernels, attention, attention.k_norm, k + at, cos_of(position), sin_of(position));
+    prepare(kernels, attention, rope, attention.k_norm, k + at, position);
     cache.write(kernels, block, static_cast<int>(kv_head), position % cache.block_size, k + at, v + at,
                 static_cast<int>(d));
 }
@@ -186,8 +173,7 @@ void DecoderLayer::ask_one(const Kernels& kernels, const Places& places, size_t 
     const size_t d = heads.head_dim, group = heads.heads / heads.kv_heads;
     const int position = places.positions[token];
     for (size_t g = kv_head * group; g < (kv_head + 1) * group; g++)
-        prepare(kernels, attention, attention.q_norm, q + (token * heads.heads + g) * d, cos_of(position),
-                sin_of(position));
+        prepare(kernels, attention, rope, attention.q_norm, q + (token * heads.heads + g) * d, position);
 }
 
 void DecoderLayer::feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, int32_t* chosen,

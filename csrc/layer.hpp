@@ -2,29 +2,25 @@
 #pragma once
 
 #include <deque>
+#include <optional>
 #include <vector>
 
 #include "aligned.hpp"
 #include "attention.hpp"
 #include "experts.hpp"
+#include "latent.hpp"
+#include "rope.hpp"
 #include "router.hpp"
 
 namespace tenfold {
 
 using Floats = Aligned<float>;
 
-struct Linear {
-    Matrix matrix;
-    const float* bias = nullptr;
-};
-
 struct Attention {
     Linear q, k, v, o;
     Heads heads;
     const float *q_norm = nullptr, *k_norm = nullptr;  // null: none
     bool norm_per_head = false;                        // else over all heads at once
-    int rotary_dim = 0;
-    bool interleave = false;  // RoPE turns neighbours, which then leave in the order of halves
     float eps = 0;
 };
 
@@ -43,12 +39,14 @@ struct FeedForward {
 // One layer; each half adds to the residual stream x (tokens, D): x += residual * f(norm(x)).
 struct DecoderLayer {
     Attention attention;
+    std::optional<LatentAttention> latent;  // in place of it
     FeedForward feed_forward;
     const float *input_norm = nullptr, *post_norm = nullptr;
     float eps = 0, residual = 1;
     int hidden = 0;
-    const float *cos = nullptr, *sin = nullptr;  // tables (position, rotary_dim / 2)
+    Rope rope;
 
+    const Heads& heads() const { return latent ? latent->heads : attention.heads; }
     // Writes the tokens' keys and values to the cache, too.
     void run_attention(Pool& pool, const Kernels& kernels, const Cache& cache, const Places& places, float* x) const;
     // The same for a last layer, after which only `rows` of x, in their order, are of use: others stay as they are.
@@ -72,8 +70,6 @@ private:
     void keep_one(const Kernels& kernels, const Cache& cache, const Places& places, size_t token, size_t kv_head,
                   float* k, const float* v) const;
     void ask_one(const Kernels& kernels, const Places& places, size_t token, size_t kv_head, float* q) const;
-    const float* cos_of(int position) const { return cos + static_cast<size_t>(position) * (attention.rotary_dim / 2); }
-    const float* sin_of(int position) const { return sin + static_cast<size_t>(position) * (attention.rotary_dim / 2); }
     void feed(Pool& pool, const Kernels& kernels, const float* x, int tokens, int32_t* chosen, float* y) const;
 };
 

@@ -152,4 +152,34 @@ void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& prod
     });
 }
 
+void linear_by_head(Pool& pool, const Kernels& kernels, const Matrix& first, int heads, const float* x, size_t x_stride,
+                    float* y, size_t y_stride, int tokens) {
+    const int tiles = (tokens + MAX_TOKENS - 1) / MAX_TOKENS, blocks = blocks_of(first.columns);
+    const Dot dot = kernels.dot[static_cast<int>(Format::bf16)];
+    pool.run(static_cast<size_t>(heads) * tiles, 1, [&](size_t begin, size_t end) {
+        Aligned<uint16_t> rounded(static_cast<size_t>(MAX_TOKENS) * blocks * BLOCK);
+        alignas(64) float out[MAX_TOKENS * ROWS];
+        for (size_t item = begin; item < end; item++) {
+            const size_t head = item / tiles, from = item % tiles * MAX_TOKENS;
+            const int count = std::min<int>(MAX_TOKENS, tokens - static_cast<int>(from));
+            std::fill_n(rounded.begin(), static_cast<size_t>(count) * blocks * BLOCK, uint16_t{0});
+            for (int t = 0; t < count; t++) {
+                const float* row = x + ((from + t) * heads + head) * x_stride;
+                for (int b = 0; b < blocks; b++)
+                    kernels.round_bf16(row + b * BLOCK, std::min(BLOCK, first.columns - b * BLOCK),
+                                       &rounded[(static_cast<size_t>(b) * count + t) * BLOCK]);
+            }
+            const Tile tile{nullptr, nullptr, nullptr, rounded.data(), count};
+            const int panels = panels_of(first.rows);
+            for (int p = 0; p < panels; p++) {
+                const uint8_t* panel = first.panel(static_cast<int>(head) * panels + p);
+                const uint8_t* next = panel + panel_bytes(Format::bf16, first.columns);
+                dot(panel, blocks, tile, {next, static_cast<int>(code_bytes(Format::bf16) / 64), nullptr}, out);
+                float* to = y + (from * heads + head) * y_stride + static_cast<size_t>(p) * ROWS;
+                put(out, count, std::min(ROWS, first.rows - p * ROWS), to, heads * y_stride);
+            }
+        }
+    });
+}
+
 }  // namespace tenfold

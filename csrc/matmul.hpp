@@ -20,6 +20,11 @@ struct Matrix {
     void row(int index, float* out) const;
 };
 
+struct Linear {
+    Matrix matrix;
+    const float* bias = nullptr;
+};
+
 // Rows of activations rounded for a format, in tiles. A tile belongs to one group (one expert, say): group g has
 // the rows [first[g], first[g + 1]).
 class Rounded {
@@ -109,5 +114,10 @@ struct Product {
 
 // y = x W^T + bias for several matrices of one number of columns that share x (tokens, columns).
 void linear(Pool& pool, const Kernels& kernels, const std::vector<Product>& products, const float* x, int tokens);
+
+// y = W x for each head of each token, which has a matrix in bf16 of its own: `first` is the first head's, the others'
+// follow. A head's numbers are the first of its `x_stride` in x (tokens, heads, x_stride), and of `y_stride` in y.
+void linear_by_head(Pool& pool, const Kernels& kernels, const Matrix& first, int heads, const float* x, size_t x_stride,
+                    float* y, size_t y_stride, int tokens);
 
 }  // namespace tenfold

@@ -148,29 +148,28 @@ struct Decoder {
             try_work([&](Pool& pool, const Kernels& set) {
                 const auto begun = std::chrono::steady_clock::now();
                 do {
-                    until_attention(pool, set, n, at<float>(x), tokens, at<int32_t>(chosen), top_k);
+                    if (n > 0)
+                        layers[n - 1].run_feed_forward(pool, set, at<float>(x), tokens,
+                                                       at<int32_t>(chosen) + (n - 1) * tokens * top_k);
+                    foresee(pool, set, n, at<float>(x), tokens);
                     if (n + 1 < layers.size() || all_rows)
                         layers[n].run_attention(pool, set, caches[n], places, at<float>(x));
                     else
                         layers[n].run_last_attention(pool, set, caches[n], places, chunks.rows, at<float>(x));
                 } while (++n < end && seconds_since(begun) < PATIENCE);
-                if (first == 0 && n == layers.size()) took(seconds_since(start), tokens);
+                const bool whole = first == 0 && n == layers.size();
+                if (whole && tokens <= FEW && store()) store()->look_ahead.step(seconds_since(start));
             });
         }
         if (end == layers.size()) finish(x, chunks, chosen_last, logits);
     }
 
-    // The same where somebody else computes attention: the turn of layer n before it,
-    void begin(size_t n, Address x, int tokens, Address chosen, int top_k) const {
-        work([&](Pool& pool, const Kernels& set) {
-            until_attention(pool, set, n, at<float>(x), tokens, at<int32_t>(chosen), top_k);
-        });
-    }
-
-    // and, when all layers had theirs in one go, how long that took: so looking ahead is tried.
-    void took(double seconds, int tokens) const {
-        if (tokens <= FEW && store()) store()->look_ahead.step(seconds);
-    }
+private:
+    // More of them want most experts, and there is nothing to predict.
+    static constexpr int FEW = 8;
+    // Eighths of a token's experts that are sure enough to be read, of its next layer, of the one after it, and so on.
+    static constexpr int SURE[] = {8, 4, 3, 2, 1};
+    static constexpr double PATIENCE = 0.05;  // seconds, of who presses Ctrl-C
 
     // What is left after all layers, for the tokens whose logits are wanted: the last feed-forward, and those.
     void finish(Address x, const Chunks& chunks, Address chosen, Address logits) const {
@@ -185,19 +184,6 @@ struct Decoder {
             last.run_feed_forward(pool, set, kept.data(), count, at<int32_t>(chosen));
             ending.run(pool, set, kept.data(), count, at<float>(logits));
         });
-    }
-
-private:
-    // More of them want most experts, and there is nothing to predict.
-    static constexpr int FEW = 8;
-    // Eighths of a token's experts that are sure enough to be read, of its next layer, of the one after it, and so on.
-    static constexpr int SURE[] = {8, 4, 3, 2, 1};
-    static constexpr double PATIENCE = 0.05;  // seconds, of who presses Ctrl-C
-
-    void until_attention(Pool& pool, const Kernels& set, size_t n, float* x, int tokens, int32_t* chosen,
-                         int top_k) const {
-        if (n > 0) layers[n - 1].run_feed_forward(pool, set, x, tokens, chosen + (n - 1) * tokens * top_k);
-        foresee(pool, set, n, x, tokens);
     }
 
     // What layers n and after seem to want, before the attention of layer n, which changes less than experts do; of
@@ -333,13 +319,25 @@ NB_MODULE(_native, m) {
     nb::class_<Attention>(m, "Attention")
         .def(nb::new_([](const Linear& q, const Linear& k, const Linear& v, const Linear& o, int heads, int kv_heads,
                          int head_dim, float scale, int window, Address sinks, Address q_norm, Address k_norm,
-                         bool norm_per_head, int rotary_dim, bool interleave, float eps) {
+                         bool norm_per_head, float eps) {
                  return Attention{q, k, v, o, {heads, kv_heads, head_dim, scale, window, at<const float>(sinks)},
-                                  at<const float>(q_norm), at<const float>(k_norm), norm_per_head, rotary_dim,
-                                  interleave, eps};
+                                  at<const float>(q_norm), at<const float>(k_norm), norm_per_head, eps};
              }),
              "q"_a, "k"_a, "v"_a, "o"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "sinks"_a,
-             "q_norm"_a, "k_norm"_a, "norm_per_head"_a, "rotary_dim"_a, "interleave"_a, "eps"_a);
+             "q_norm"_a, "k_norm"_a, "norm_per_head"_a, "eps"_a);
+
+    nb::class_<LatentAttention>(m, "LatentAttention")
+        .def(nb::new_([](const Linear* q_a, Address q_a_norm, const Linear& q, const Linear& kv_a, Address kv_a_norm,
+                         Address key_up, Address value_up, const Linear& o, int heads, int rank, int plain, int rotary,
+                         int value, float scale, int window, float eps) {
+                 return LatentAttention{q_a ? std::optional(*q_a) : std::nullopt, q, kv_a, o,
+                                        at<const float>(q_a_norm), at<const float>(kv_a_norm),
+                                        {at<const uint8_t>(key_up), Format::bf16, rank, plain},
+                                        {at<const uint8_t>(value_up), Format::bf16, value, rank},
+                                        {heads, 1, rank + rotary, scale, window}, rank, plain, value, eps};
+             }),
+             "q_a"_a.none(), "q_a_norm"_a, "q"_a, "kv_a"_a, "kv_a_norm"_a, "key_up"_a, "value_up"_a, "o"_a, "heads"_a,
+             "rank"_a, "plain"_a, "rotary"_a, "value"_a, "scale"_a, "window"_a, "eps"_a);
 
     nb::class_<FeedForward>(m, "FeedForward")
         .def(nb::new_([](const Linear* gate_up, const Linear* down, Address gate, const Router* router,
@@ -355,14 +353,17 @@ NB_MODULE(_native, m) {
              "gate_up"_a.none(), "down"_a.none(), "gate"_a, "router"_a.none(), "experts"_a.none());
 
     nb::class_<DecoderLayer>(m, "Layer")
-        .def(nb::new_([](const Attention* attention, const FeedForward& feed_forward, Address input_norm,
-                         Address post_norm, float eps, float residual, int hidden, Address cos, Address sin) {
-                 return DecoderLayer{attention ? *attention : Attention{}, feed_forward, at<const float>(input_norm),
-                                     at<const float>(post_norm), eps, residual, hidden, at<const float>(cos),
-                                     at<const float>(sin)};
+        .def(nb::new_([](const Attention* attention, const LatentAttention* latent, const FeedForward& feed_forward,
+                         Address input_norm, Address post_norm, float eps, float residual, int hidden, Address cos,
+                         Address sin, int rotary_dim, bool interleave) {
+                 return DecoderLayer{attention ? *attention : Attention{},
+                                     latent ? std::optional(*latent) : std::nullopt,
+                                     feed_forward, at<const float>(input_norm), at<const float>(post_norm), eps,
+                                     residual, hidden,
+                                     {at<const float>(cos), at<const float>(sin), rotary_dim, interleave}};
              }),
-             "attention"_a.none(), "feed_forward"_a, "input_norm"_a, "post_norm"_a, "eps"_a, "residual"_a, "hidden"_a,
-             "cos"_a, "sin"_a);
+             "attention"_a.none(), "latent"_a.none(), "feed_forward"_a, "input_norm"_a, "post_norm"_a, "eps"_a,
+             "residual"_a, "hidden"_a, "cos"_a, "sin"_a, "rotary_dim"_a, "interleave"_a);
 
     nb::class_<Chunks>(m, "Chunks")
         .def(nb::init<const std::vector<Chunks::Chunk>&, int>(), "chunks"_a, "num_blocks"_a)
@@ -376,7 +377,7 @@ NB_MODULE(_native, m) {
                          float eps) {
                  Decoder made{layers, {}, {head, at<const float>(norm), eps}};
                  for (size_t n = 0; n < layers.size(); n++) {
-                     const Heads& heads = layers[n].attention.heads;
+                     const Heads& heads = layers[n].heads();
                      made.caches.push_back({at<uint16_t>(keys[n]), at<uint16_t>(values[n]), block_size, heads.kv_heads,
                                             blocks_of(heads.head_dim) * BLOCK});
                  }
@@ -384,10 +385,7 @@ NB_MODULE(_native, m) {
              }),
              "layers"_a, "keys"_a, "values"_a, "block_size"_a, "head"_a, "norm"_a, "eps"_a)
         .def("__call__", &Decoder::operator(), "x"_a, "chunks"_a, "first"_a, "end"_a, "chosen"_a, "top_k"_a,
-             "chosen_last"_a, "logits"_a, "all_rows"_a)
-        .def("begin", &Decoder::begin, "n"_a, "x"_a, "tokens"_a, "chosen"_a, "top_k"_a)
-        .def("took", &Decoder::took, "seconds"_a, "tokens"_a)
-        .def("finish", &Decoder::finish, "x"_a, "chunks"_a, "chosen"_a, "logits"_a);
+             "chosen_last"_a, "logits"_a, "all_rows"_a);
 
     m.def("busy_seconds", [] {
         nb::gil_scoped_release unlocked;

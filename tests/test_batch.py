@@ -23,9 +23,14 @@ from tenfold.packed import PackedModel, load_packed, packed_of, read_packed
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels in this installation")
 
 CONTEXT, BLOCKS = 200, 24
+LATENT = {
+    "kv_lora_rank": 40, "q_lora_rank": 20, "qk_nope_head_dim": 9, "qk_rope_head_dim": 6, "v_head_dim": 17,
+    "head_dim": 6, "num_key_value_heads": 4, "rope_interleave": True, "qk_norm": "none",
+}  # fmt: skip
 MODELS = {
     "sparse": SHAPE,
     "windows": DENSE | {"sliding_window": 70, "attention_sinks": True},
+    "latent": SHAPE | LATENT,
 }
 
 
@@ -83,6 +88,19 @@ def test_logits_of_many_tokens_and_drafts_that_are_taken_back(model: PackedModel
     rest = runner.begin([Chunk([5, 3, 9], 101, ids[101:], 29)])
     rest.advance()
     assert torch.equal(rest.logits(), wanted[101:])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_threads_that_share_out_the_heads_change_no_bit(model: PackedModel, threads: int) -> None:
+    ids = torch.randint(97, (90,)).tolist()
+    before = compiled.module().threads()
+    compiled.module().set_threads(1)
+    try:
+        wanted = alone(model, ids)
+        compiled.module().set_threads(threads)
+        assert torch.equal(alone(model, ids), wanted)
+    finally:
+        compiled.module().set_threads(before)
 
 
 def test_two_passes_under_way_do_not_disturb_each_other(model: PackedModel) -> None:

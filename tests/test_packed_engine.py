@@ -154,7 +154,8 @@ def test_latent_attention_has_windows_too(prompt: int) -> None:
     model = build(DENSE | latent)
     ids_BS = torch.randint(0, 97, (2, 20))
     got = stepwise(PackedRunner(packed_of(model, "bf16", "bf16"), 2, 20), ids_BS, prompt)
-    assert errors(got, model(ids_BS)[:, prompt - 1 :]).max() < 0.02
+    # Folded queries and what they see are bf16 too. A window of one more or less is off by 1 and more.
+    assert errors(got, model(ids_BS)[:, prompt - 1 :]).max() < 0.05
 
 
 def damaged() -> PackedModel:

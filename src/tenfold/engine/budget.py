@@ -16,12 +16,12 @@ from tenfold.checkpoint.pack.record import whole_pages
 from tenfold.config import ModelConfig
 from tenfold.engine.batch import LOGITS_BYTES
 from tenfold.engine.expert_store import LEAST_SLOTS
+from tenfold.engine.kv_cache import cache_shape
 from tenfold.engine.packed import PIECE
 from tenfold.engine.packed_batch import BLOCK_SIZE, WIDTH
 from tenfold.engine.speculation import DRAFTS
 from tenfold.errors import TenfoldError
 from tenfold.memory import Plan, available_bytes, peak_memory_bytes, resident_bytes, size
-from tenfold.model.attend import MAX_SCORES
 
 SYSTEM_BYTES = 48 << 20
 """Libraries' code that is first touched while running, thread stacks, the kernel's own for a process."""
@@ -128,10 +128,9 @@ def _always_bytes(part: Part) -> int:
     if isinstance(part, Experts):
         return 0
     if isinstance(part, Matrix):
-        unpacked = (
-            4 * part.rows * part.columns if part.name.endswith("kv_b_proj.weight") else 0
-        )  # engine.latent
-        return whole_pages(part.num_bytes) + 2 * unpacked
+        # Its halves in bf16, and as much for what is lost to panels and left of unpacking (engine.latent).
+        halves = 2 * 2 * part.rows * part.columns if part.name.endswith("kv_b_proj.weight") else 0
+        return whole_pages(part.num_bytes) + halves
     return (4 + 4 + 2) * math.prod(part.shape)
 
 
@@ -139,22 +138,15 @@ def kv_cache_bytes(config: ModelConfig, room: Room) -> int:
     """Of `PackedBatchRunner`, with the tables that turn positions."""
     context = _blocks(room.context)
     tables = 4 * 4 * context * config.rotary_dim  # cos and sin, and as much while they are made
-    if config.is_latent:
-        tables = 4 * 4 * context * config.qk_rope_head_dim
-        width = 4 * (config.kv_lora_rank + config.qk_rope_head_dim)
-    else:
-        width = 2 * 2 * config.num_key_value_heads * -(-config.head_dim // WIDTH) * WIDTH
-    return tables + config.num_hidden_layers * room.positions * width
+    heads, width, _ = cache_shape(config)
+    return tables + config.num_hidden_layers * room.positions * 2 * 2 * heads * -(-width // WIDTH) * WIDTH
 
 
 def scratch_bytes(config: ModelConfig, room: Room) -> int:
     """For the largest piece of a prompt to go through a layer, and for choosing tokens from the logits."""
     tokens = room.tokens
-    attention = (
-        _latent_scratch(config, room, tokens)
-        if config.is_latent
-        else _attention_scratch(config, room, tokens)
-    )
+    rows = tokens * (_latent_rows(config) if config.is_latent else _attention_rows(config))
+    attention = rows + 16 * (4 + 2) * _blocks(room.context) * compiled.cores()  # scores of a thread each
     stream = 4 * 4 * tokens * config.hidden_size
     routes = 4 * tokens * config.num_hidden_layers * config.num_experts_per_tok
     logits = (4 * room.batch + 48) * config.vocab_size
@@ -163,24 +155,20 @@ def scratch_bytes(config: ModelConfig, room: Room) -> int:
     return stream + attention + routes + _feed_forward_scratch(config, tokens) + logits
 
 
-def _attention_scratch(config: ModelConfig, room: Room, tokens: int) -> int:
-    """Queries, keys, values and what is made of them, rounded inputs of products, scores of a thread each."""
+def _attention_rows(config: ModelConfig) -> int:
+    """Of a token: queries, keys, values and what is made of them, rounded inputs of products."""
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    rows = 4 * heads * config.head_dim + 2 * (
-        config.hidden_size + config.num_attention_heads * config.head_dim
-    )
-    scores = 16 * (4 + 2) * _blocks(room.context) * compiled.cores()
-    return tokens * rows + scores
+    rounded = config.hidden_size + config.num_attention_heads * config.head_dim
+    return 4 * heads * config.head_dim + 2 * rounded
 
 
-def _latent_scratch(config: ModelConfig, room: Room, tokens: int) -> int:
-    """torch's: queries and keys of every head three times, and the scores, of some queries at a time; and the
-    latents of the positions that are seen, gathered from their blocks."""
-    wide = config.kv_lora_rank + config.qk_rope_head_dim + config.qk_nope_head_dim + config.v_head_dim
-    heads = config.num_attention_heads
-    positions = min(room.context, max(tokens, MAX_SCORES // (heads * tokens)))
-    gathered = 2 * 4 * room.positions * (config.kv_lora_rank + config.qk_rope_head_dim)
-    return 3 * 4 * heads * tokens * (wide + positions) + gathered
+def _latent_rows(config: ModelConfig) -> int:
+    """Of a token (csrc/latent.cpp): queries as they are and folded, what they see and its values, compressed
+    queries, its key, and rounded inputs of products."""
+    _, wide, _ = cache_shape(config)
+    values = config.num_attention_heads * config.v_head_dim
+    floats = config.qk_width + 2 * config.num_attention_heads * wide + values + config.q_lora_rank + wide
+    return 4 * floats + 2 * (config.hidden_size + config.q_lora_rank + values)
 
 
 def _feed_forward_scratch(config: ModelConfig, tokens: int) -> int:

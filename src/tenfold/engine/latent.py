@@ -1,49 +1,23 @@
-"""Multi-head latent attention of a packed model: torch's module around compiled products."""
-
-from collections.abc import Mapping
-from typing import Any
+"""The matrix that would expand latents to keys and values, as what queries and outputs meet instead."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tenfold.config import ModelConfig
-from tenfold.kernels import native
-from tenfold.model.decoder_layer import DecoderLayer
 from tenfold.packed import PackedMatrix
-from tenfold.panels import unpack_matrix
+from tenfold.panels import pack_matrix, unpack_matrix
 
 
-class PackedLinear(nn.Module):
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None):
-        super().__init__()
-        self.matrix, self.bias = matrix, bias
+def folded(kv_b: PackedMatrix, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Panels in bf16, every head's after the one before: from a head's query (without what RoPE turns) to the
+    latent space, (rank, qk_nope_head_dim), and from there to its output, (v_head_dim, rank).
 
-    def forward(self, x: Tensor) -> Tensor:
-        return native.linear(self.matrix, x.flatten(0, -2), self.bias).view(*x.shape[:-1], self.matrix.rows)
-
-
-def latent_layer(config: ModelConfig, weights: Mapping[str, Any], n: int) -> DecoderLayer:
-    """A layer of which only attention and the norm before it are there."""
-    with torch.device("meta"):
-        layer = DecoderLayer(config, sparse=False)
-    for name in ("input_layernorm", "self_attn"):
-        _fill(layer.get_submodule(name), weights, f"layers.{n}.{name}.")
-    return layer
-
-
-def _fill(module: nn.Module, weights: Mapping[str, Any], prefix: str) -> None:
-    for name, part in module.named_modules():
-        at = f"{prefix}{name}." if name else prefix
-        weight = weights.get(f"{at}weight")
-        if isinstance(weight, PackedMatrix) and name == "kv_b_proj":
-            # Decoding folds it into query and output a head at a time: it is needed as numbers.
-            unpacked = unpack_matrix(weight.panels, weight.format, weight.rows, weight.columns)
-            part.weight = nn.Parameter(unpacked, requires_grad=False)
-        elif isinstance(weight, PackedMatrix):
-            setattr(module, name, PackedLinear(weight, _floats(weights.get(f"{at}bias"))))
-        elif weight is not None:
-            part.weight = nn.Parameter(weight.float(), requires_grad=False)
-
-
-def _floats(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
+    bf16 whatever `kv_b` is in: the first is its transpose, which has no blocks of shared scales.
+    """
+    up = unpack_matrix(kv_b.panels, kv_b.format, kv_b.rows, kv_b.columns)
+    up_HwR = up.unflatten(0, (config.num_attention_heads, -1))
+    key_HwR, value_HwR = up_HwR.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+    key_up, value_up = (
+        torch.cat([pack_matrix(head, "bf16") for head in heads]) for heads in (key_HwR.mT, value_HwR)
+    )
+    return key_up, value_up

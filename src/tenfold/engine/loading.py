@@ -128,6 +128,7 @@ def open_batch_runner(
     tokenizer, config = load_tokenizer(path), decoder_only(load_config(path), str(path))
     context = min(context, config.max_position_embeddings)
     packed, every = runs_packed(path), max_sequences * context
+    # In bf16 where it is packed, but a latent is there twice, as key and as value.
     of_one = config.kv_bytes_per_token("bfloat16" if packed and not config.is_latent else "float32")
     if kv_tokens is None:
         weights = always_bytes(packed_config(path / "config.json")[1]) if packed else 4 * config.num_params()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tenfold import compiled
-from tenfold.config import ModelConfig
+from tenfold.config import MLA_NORM_EPS, ModelConfig
+from tenfold.engine.latent import folded
 from tenfold.kernels import native
 from tenfold.model.rope import rope_tables, score_scale
 from tenfold.packed import PackedExperts, PackedMatrix, StreamedExperts
@@ -36,6 +37,7 @@ class NativeLayers:
         config, prefix = self._config, f"layers.{n}."
         return compiled.module().Layer(
             attention=None if config.is_latent else self._attention(prefix + "self_attn.", config.window(n)),
+            latent=self._latent(prefix + "self_attn.", config.window(n)) if config.is_latent else None,
             feed_forward=self._feed_forward(prefix + "mlp.", n in config.sparse_layers),
             input_norm=self.address(prefix + "input_layernorm.weight"),
             post_norm=self.address(prefix + "post_attention_layernorm.weight"),
@@ -44,6 +46,8 @@ class NativeLayers:
             hidden=config.hidden_size,
             cos=self._cos,
             sin=self._sin,
+            rotary_dim=config.rotary_dim,
+            interleave=config.rope_interleave,
         )
 
     def _attention(self, prefix: str, window: int | None) -> Any:
@@ -60,9 +64,32 @@ class NativeLayers:
             q_norm=self.address(prefix + "q_norm.weight"),
             k_norm=self.address(prefix + "k_norm.weight"),
             norm_per_head=config.qk_norm == "head",
-            rotary_dim=config.rotary_dim,
-            interleave=config.rope_interleave,
             eps=config.rms_norm_eps,
+        )
+
+    def _latent(self, prefix: str, window: int | None) -> Any:
+        config = self._config
+        kv_b = self._weights[f"{prefix}kv_b_proj.weight"]
+        assert isinstance(kv_b, PackedMatrix)
+        key_up, value_up = halves = folded(kv_b, config)
+        self._kept.extend(halves)
+        return compiled.module().LatentAttention(
+            q_a=self.linear(f"{prefix}q_a_proj") if config.q_lora_rank else None,
+            q_a_norm=self.address(prefix + "q_a_layernorm.weight"),
+            q=self.linear(prefix + ("q_b_proj" if config.q_lora_rank else "q_proj")),
+            kv_a=self.linear(prefix + "kv_a_proj_with_mqa"),
+            kv_a_norm=self.address(prefix + "kv_a_layernorm.weight"),
+            key_up=key_up.data_ptr(),
+            value_up=value_up.data_ptr(),
+            o=self.linear(prefix + "o_proj"),
+            heads=config.num_attention_heads,
+            rank=config.kv_lora_rank,
+            plain=config.qk_nope_head_dim,
+            rotary=config.qk_rope_head_dim,
+            value=config.v_head_dim,
+            scale=score_scale(config),
+            window=window or 0,
+            eps=MLA_NORM_EPS,
         )
 
     def _feed_forward(self, prefix: str, sparse: bool) -> Any:

@@ -1,7 +1,6 @@
 """A packed model that many sequences go through together, in the compiled kernels."""
 
 import math
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +11,7 @@ from torch import Tensor
 from tenfold import compiled
 from tenfold.device import keep_freed_memory
 from tenfold.engine.batch import Chunk, Outcome, check
-from tenfold.engine.block_pool import BlockPool, places_of
-from tenfold.engine.latent import latent_layer
+from tenfold.engine.kv_cache import cache_shape
 from tenfold.engine.native_layers import NativeLayers
 from tenfold.errors import TenfoldError
 from tenfold.packed import PackedModel
@@ -28,7 +26,7 @@ LINE = 64
 
 class PackedBatchRunner:
     """A `BatchRunner`. Numbers are the same to the bit whatever else is in a pass, however a prompt was cut
-    and whichever blocks it has; those of latent attention, which is torch's, but for rounding."""
+    and whichever blocks it has."""
 
     def __init__(self, model: PackedModel, num_blocks: int, max_tokens: int, context: int):
         """`context` is the number of positions that a sequence may have."""
@@ -40,10 +38,6 @@ class PackedBatchRunner:
         self._context = context
         self.native = NativeLayers(config, model.weights, context)
         self.embedding = self.native.linear("embed_tokens")
-        latent = range(config.num_hidden_layers * config.is_latent)
-        self.latent = [latent_layer(config, model.weights, n) for n in latent]
-        positions = num_blocks * BLOCK_SIZE
-        self.pools = [BlockPool(config, positions, torch.float32, torch.device("cpu")) for _ in latent]
         self._keys, self._values = ([self._new_cache() for _ in self.native.layers] for _ in "kv")
         self.decoder = compiled.module().Decoder(
             layers=self.native.layers,
@@ -59,8 +53,8 @@ class PackedBatchRunner:
         """Of keys or values, bf16 in the kernels' own layout, from a cache line on. Numpy's zeros take memory
         only as they are used, and numpy clears them in a fork too, where torch would wait for threads that
         are not there."""
-        width = 0 if self.config.is_latent else -(-self.config.head_dim // WIDTH) * WIDTH
-        shape = (self.num_blocks, self.config.num_key_value_heads, BLOCK_SIZE * width)
+        heads, width, _ = cache_shape(self.config)  # values are as wide as keys: a latent is both
+        shape = (self.num_blocks, heads, BLOCK_SIZE * -(-width // WIDTH) * WIDTH)
         room = np.zeros(math.prod(shape) + LINE // 2, np.uint16)
         first = -room.ctypes.data % LINE // 2
         return room[first : first + math.prod(shape)].reshape(shape)
@@ -86,7 +80,7 @@ class PackedBatchRunner:
 class PackedPass:
     """A `Pass`. A layer's turn is the feed-forward of the layer before it and then its own attention; the
     last one's feed-forward follows for the tokens alone whose logits are wanted. In its attention, too, the
-    others only leave keys and values, but where it is latent or `all_rows` is set."""
+    others only leave keys and values, but where `all_rows` is set."""
 
     def __init__(self, runner: PackedBatchRunner, chunks: Sequence[Chunk]):
         config = runner.config
@@ -99,10 +93,6 @@ class PackedPass:
         self._chosen_last = torch.empty(self._chunks.wanted, top_k, dtype=torch.int32)
         self._logits_NV = torch.empty(self._chunks.wanted, config.vocab_size)
         self.done, self.all_rows = 0, False
-        if config.is_latent:
-            self._windows = [config.window(n) for n in range(layers)]
-            device = torch.device("cpu")
-            self._latent_places = places_of(chunks, config, BLOCK_SIZE, set(self._windows), device)
 
     def _embed(self) -> Tensor:
         x_TD = torch.empty(self.tokens, self._config.hidden_size)
@@ -129,26 +119,9 @@ class PackedPass:
 
     def _run(self, until: int) -> None:
         """The turns of the layers before `until`, and what is left after the last one's."""
-        decoder, chosen, top_k = self._runner.decoder, self._chosen.data_ptr(), self._config.num_experts_per_tok
+        x, chosen, top_k = self.x_TD.data_ptr(), self._chosen.data_ptr(), self._config.num_experts_per_tok
         last = (self._chosen_last.data_ptr(), self._logits_NV.data_ptr())
-        if not self._config.is_latent:
-            x = self.x_TD.data_ptr()
-            decoder(x, self._chunks, self.done, until, chosen, top_k, *last, self.all_rows)
-            return
-        begun, total = time.perf_counter(), self._config.num_hidden_layers
-        for n in range(self.done, until):
-            decoder.begin(n, self.x_TD.data_ptr(), self.tokens, chosen, top_k)
-            self._attend_latent(n)
-        if until < total:
-            return
-        if self.done == 0:
-            decoder.took(time.perf_counter() - begun, self.tokens)
-        decoder.finish(self.x_TD.data_ptr(), self._chunks, *last)
-
-    def _attend_latent(self, n: int) -> None:
-        pool, layer = self._runner.pools[n], self._runner.latent[n]
-        x_1TD = pool.attend(layer, self.x_TD[None], self._latent_places, self._windows[n])
-        self.x_TD = x_1TD[0].contiguous()
+        self._runner.decoder(x, self._chunks, self.done, until, chosen, top_k, *last, self.all_rows)
 
     def logits(self) -> Tensor:
         return self._logits_NV
