@@ -192,16 +192,16 @@ private:
 void attend(Pool& pool, const Kernels& kernels, const Heads& heads, const Cache& cache, const float* queries,
             const Places& places, const std::function<void(size_t, size_t)>& prepare, float* out) {
     const int group = heads.heads / heads.kv_heads, tiles = places.tokens * heads.kv_heads;
-    // Tiles of full size, but for every thread one.
-    const int shared = std::min({group, MAX_TOKENS, std::max(1, group * tiles / pool.size())});
-    const int pieces = (group + shared - 1) / shared;  // of the query heads of one key head
+    // The query heads of a key head in as few pieces as fit a tile each, or in more where threads would be idle.
+    const int least = (group + MAX_TOKENS - 1) / MAX_TOKENS, most = std::min(group, pool.size() / std::max(1, tiles));
+    const int shared = (group - 1) / std::max(least, most) + 1, pieces = (group - 1) / shared + 1;
     const int32_t *sequences = places.sequences, *end_of_sequences = sequences + places.tokens;
     const auto runs = cut(places, MAX_TOKENS / shared);
     const size_t per_run = static_cast<size_t>(heads.kv_heads) * pieces;
     // One token a sequence reads what itself wrote: one round of the threads does both. Tokens that read each
     // other's wait for all.
     const bool alone = pieces == 1 && std::adjacent_find(sequences, end_of_sequences) == end_of_sequences;
-    if (!alone) {
+    if (!alone && prepare) {
         pool.run(static_cast<size_t>(places.tokens) * heads.kv_heads, 1, [&](size_t begin, size_t end) {
             for (size_t item = begin; item < end; item++) prepare(item / heads.kv_heads, item % heads.kv_heads);
         });
@@ -214,7 +214,7 @@ void attend(Pool& pool, const Kernels& kernels, const Heads& heads, const Cache&
             const int which = static_cast<int>(item % per_run);
             const int head = which / pieces * group + which % pieces * shared;
             const int here = std::min(shared, (which / pieces + 1) * group - head);
-            if (alone) prepare(run.first, which);
+            if (alone && prepare) prepare(run.first, which);
             scorer.run(queries, run, head, here, out);
         }
     });

@@ -35,7 +35,7 @@ void LatentAttention::ask(Pool& pool, const Kernels& kernels, const Rope& rope, 
             }
         });
     }
-    attend(pool, kernels, heads, cache, folded.data(), places, [](size_t, size_t) {}, seen.data());
+    attend(pool, kernels, heads, cache, folded.data(), places, nullptr, seen.data());
     linear_by_head(pool, kernels, value_up, heads.heads, seen.data(), wide, values.data(), value, places.tokens);
     linear(pool, kernels, {{o.matrix, o.bias, y}}, values.data(), places.tokens);
 }

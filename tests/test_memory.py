@@ -43,6 +43,15 @@ CONFIG = ModelConfig(
     num_key_value_heads=2, head_dim=32, num_experts=32, num_experts_per_tok=2, moe_intermediate_size=1024,
     max_position_embeddings=512,
 )  # fmt: skip
+LATENT = ModelConfig(
+    **CONFIG.model_dump()
+    | {
+        "model_type": "deepseek_v2", "num_attention_heads": 64, "num_key_value_heads": 64, "qk_norm": "none",
+        "q_lora_rank": 256, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 32,
+        "v_head_dim": 128,
+    }
+)  # fmt: skip
+"""Of whose memory attention takes as much as anything else."""
 RECORD_BYTES = record_bytes("q4", CONFIG.hidden_size, CONFIG.moe_intermediate_size)
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
 
@@ -50,8 +59,11 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0)
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """115 MB of experts, 3 MB of everything else, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("memory") / "packed"
-    write_random_pack(folder, CONFIG, Packing(experts="q4", rest="q8"))
+    return write_pack(tmp_path_factory.mktemp("memory") / "packed", CONFIG)
+
+
+def write_pack(folder: Path, config: ModelConfig) -> Path:
+    write_random_pack(folder, config, Packing(experts="q4", rest="q8"))
     tokenizer().save(folder)
     return folder
 
@@ -168,6 +180,16 @@ def least_in_a_fresh_process(folder: Path, prompt: str) -> int:
 @pytest.mark.skipif(WHY_NO_GROUP is not None, reason=f"no memory control group: {WHY_NO_GROUP}")
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.1])
 def test_a_budget_is_kept(packed: Path, share: float) -> None:
+    is_kept(packed, share)
+
+
+@native
+@pytest.mark.skipif(WHY_NO_GROUP is not None, reason=f"no memory control group: {WHY_NO_GROUP}")
+def test_a_budget_is_kept_with_latent_attention(tmp_path: Path) -> None:
+    is_kept(write_pack(tmp_path / "packed", LATENT), 0.0)
+
+
+def is_kept(packed: Path, share: float) -> None:
     """In a group that the kernel holds to the budget, without swap; and in a wide one, all that is charged to
     it, page cache included, stays below. The tokens are those without a budget."""
     prompt = "the cat sat on the mat " * 40

@@ -89,8 +89,27 @@ class Attention:
         q_norm: int,
         k_norm: int,
         norm_per_head: bool,
-        rotary_dim: int,
-        interleave: bool,
+        eps: float,
+    ) -> None: ...
+
+class LatentAttention:
+    def __init__(
+        self,
+        q_a: Linear | None,
+        q_a_norm: int,
+        q: Linear,
+        kv_a: Linear,
+        kv_a_norm: int,
+        key_up: int,
+        value_up: int,
+        o: Linear,
+        heads: int,
+        rank: int,
+        plain: int,
+        rotary: int,
+        value: int,
+        scale: float,
+        window: int,
         eps: float,
     ) -> None: ...
 
@@ -108,6 +127,7 @@ class Layer:
     def __init__(
         self,
         attention: Attention | None,
+        latent: LatentAttention | None,
         feed_forward: FeedForward,
         input_norm: int,
         post_norm: int,
@@ -116,8 +136,9 @@ class Layer:
         hidden: int,
         cos: int,
         sin: int,
+        rotary_dim: int,
+        interleave: bool,
     ) -> None: ...
-    def feed_forward(self, x: int, tokens: int, chosen: int = 0) -> None: ...
 
 class Chunks:
     """IndexError for blocks that are none of the cache's."""
@@ -155,4 +176,3 @@ class Decoder:
         logits: int,
         all_rows: bool,
     ) -> None: ...
-    def finish(self, x: int, chunks: Chunks, chosen: int, logits: int) -> None: ...

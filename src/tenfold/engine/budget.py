@@ -22,6 +22,7 @@ from tenfold.engine.packed_batch import BLOCK_SIZE, WIDTH
 from tenfold.engine.speculation import DRAFTS
 from tenfold.errors import TenfoldError
 from tenfold.memory import Plan, available_bytes, peak_memory_bytes, resident_bytes, size
+from tenfold.panels import matrix_bytes
 
 SYSTEM_BYTES = 48 << 20
 """Libraries' code that is first touched while running, thread stacks, the kernel's own for a process."""
@@ -74,7 +75,7 @@ def plan_memory(
     """
     process = resident_bytes() + reserve
     budget = default_budget(process) if limit is None else limit
-    weights = always_bytes(parts)
+    weights = always_bytes(config, parts)
     kv_cache = kv_cache_bytes(config, room)
     layers = [part for part in parts if isinstance(part, Experts)]
     experts = sum(layer.count for layer in layers)
@@ -118,9 +119,9 @@ def _too_small(plan: Plan, least: float) -> str:
     )
 
 
-def always_bytes(parts: Sequence[Part]) -> int:
+def always_bytes(config: ModelConfig, parts: Sequence[Part]) -> int:
     """Of weights that every token needs, in memory."""
-    return sum(_always_bytes(part) for part in parts)
+    return sum(_always_bytes(part) for part in parts) + config.is_latent * _folded_bytes(config)
 
 
 def _always_bytes(part: Part) -> int:
@@ -128,10 +129,16 @@ def _always_bytes(part: Part) -> int:
     if isinstance(part, Experts):
         return 0
     if isinstance(part, Matrix):
-        # Its halves in bf16, and as much for what is lost to panels and left of unpacking (engine.latent).
-        halves = 2 * 2 * part.rows * part.columns if part.name.endswith("kv_b_proj.weight") else 0
-        return whole_pages(part.num_bytes) + halves
+        return whole_pages(part.num_bytes)
     return (4 + 4 + 2) * math.prod(part.shape)
+
+
+def _folded_bytes(config: ModelConfig) -> int:
+    """What `engine.latent` makes for every layer, and what it works in for one: float32, then panels."""
+    rank, key, value = config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim
+    of_head = matrix_bytes("bf16", rank, key) + matrix_bytes("bf16", value, rank)
+    work = 4 * rank * (key + value) + of_head
+    return config.num_attention_heads * (config.num_hidden_layers * of_head + work)
 
 
 def kv_cache_bytes(config: ModelConfig, room: Room) -> int:

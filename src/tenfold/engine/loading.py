@@ -131,7 +131,7 @@ def open_batch_runner(
     # In bf16 where it is packed, but a latent is there twice, as key and as value.
     of_one = config.kv_bytes_per_token("bfloat16" if packed and not config.is_latent else "float32")
     if kv_tokens is None:
-        weights = always_bytes(packed_config(path / "config.json")[1]) if packed else 4 * config.num_params()
+        weights = always_bytes(*packed_config(path / "config.json")) if packed else 4 * config.num_params()
         kv_tokens = max(context, min(every, _kv_bytes(memory, weights) // of_one))
     if kv_tokens < context:
         raise TenfoldError(f"a KV cache of {kv_tokens:,} tokens is less than the context of {context:,}")

@@ -1,7 +1,4 @@
-"""A packed model's decoder layers in the form the compiled kernels take: one object a layer.
-
-Latent attention (MLA) has no compiled form; `attention` is then False and its half of the layer is torch's.
-"""
+"""A packed model's decoder layers in the form the compiled kernels take: one object a layer."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -32,9 +32,9 @@ class Reading:
             elif name == "embed_tokens.weight" and not config.tie_word_embeddings:
                 share = min(1.0, batch / config.vocab_size)
             if isinstance(weight, (PackedExperts, StreamedExperts)):
-                experts += share * num_bytes(weight)
+                experts += share * num_bytes(name, weight)
             else:
-                always += share * num_bytes(weight)
+                always += share * num_bytes(name, weight)
         return cls(round(always + experts), round(always), touched)
 
 
@@ -45,7 +45,8 @@ def expected_experts(experts: int, per_token: int, tokens: int) -> float:
     return float(experts * (1 - (1 - per_token / experts) ** tokens))
 
 
-def num_bytes(weight: Weight) -> int:
+def num_bytes(name: str, weight: Weight) -> int:
     if isinstance(weight, PackedMatrix):
-        return weight.panels.nbytes
+        folded = name.endswith("kv_b_proj.weight")  # engine.latent
+        return 2 * weight.rows * weight.columns if folded else weight.panels.nbytes
     return weight.records.nbytes if isinstance(weight, PackedExperts) else weight.nbytes
