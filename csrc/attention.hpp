@@ -50,7 +50,8 @@ struct Heads {
 
 // out (tokens, heads * head_dim) for queries of the same shape. `prepare(t, kv_head)` makes the token's
 // queries of that key head, and writes its key and value to the cache, where all before it are, if they are not
-// there; null where that was done. A token's numbers depend neither on the other tokens, nor on which blocks its sequence has.
+// there; null where that was done. A token's numbers depend neither on the other tokens, nor on which blocks its
+// sequence has.
 void attend(Pool& pool, const Kernels& kernels, const Heads& heads, const Cache& cache, const float* queries,
             const Places& places, const std::function<void(size_t, size_t)>& prepare, float* out);
 

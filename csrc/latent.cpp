@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "norm.hpp"
+
 namespace tenfold {
 
 void LatentAttention::keep(Pool& pool, const Kernels& kernels, const Rope& rope, const Cache& cache,
@@ -49,13 +51,8 @@ Aligned<float> LatentAttention::queries(Pool& pool, const Kernels& kernels, cons
     const int rows = q_a->matrix.rows;
     Aligned<float> compressed(static_cast<size_t>(tokens) * rows);
     linear(pool, kernels, {{q_a->matrix, q_a->bias, compressed.data()}}, x, tokens);
-    pool.run(tokens, 8, [&](size_t begin, size_t end) {
-        for (size_t t = begin; t < end; t++) {
-            float* row = &compressed[t * rows];
-            kernels.rms_norm(row, q_a_norm, rows, eps, row);
-        }
-    });
-    linear(pool, kernels, {{q.matrix, q.bias, out.data()}}, compressed.data(), tokens);
+    const Aligned<float> in = normed(pool, kernels, q_a_norm, rows, eps, compressed.data(), tokens);
+    linear(pool, kernels, {{q.matrix, q.bias, out.data()}}, in.data(), tokens);
     return out;
 }
 

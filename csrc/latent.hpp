@@ -1,6 +1,6 @@
-// Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), for prompts and decoding alike in the latent
-// space: all heads share one key, the latent and what RoPE turns of it, and its latent is their value. The matrices that
-// would expand it are folded into queries and outputs, (q W) . c in place of q . (W c).
+// Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), for prompts and decoding alike in the
+// latent space: all heads share one key, the latent and what RoPE turns of it, and its latent is their value. The
+// matrices that would expand it are folded into queries and outputs, (q W) . c in place of q . (W c).
 #pragma once
 
 #include <optional>
@@ -15,7 +15,7 @@ struct LatentAttention {
     std::optional<Linear> q_a;  // to compressed queries, which q expands
     Linear q, kv_a, o;
     const float *q_a_norm = nullptr, *kv_a_norm = nullptr;
-    Matrix key_up, value_up;  // the first head's, (rank, plain) and (value, rank); the others' follow, each whole panels
+    Matrix key_up, value_up;  // the first head's, (rank, plain) and (value, rank); the others' follow, in whole panels
     Heads heads;              // of one key head, rank + rope.dims wide
     int rank = 0, plain = 0, value = 0;  // plain: what RoPE leaves of a query, which comes first
     float eps = 0;

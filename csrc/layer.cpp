@@ -4,6 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "norm.hpp"
+
 namespace tenfold {
 namespace {
 
@@ -28,14 +30,6 @@ void run_swiglu(Pool& pool, const Kernels& kernels, const SwiGLU& layer, const f
             kernels.swiglu(&wide[t * 2 * F], &wide[t * 2 * F + F], F, false, &narrow[t * F]);
     });
     linear(pool, kernels, {{layer.down.matrix, layer.down.bias, y}}, narrow.data(), tokens);
-}
-
-Floats normed(Pool& pool, const Kernels& kernels, const float* norm, int hidden, float eps, const float* x, int tokens) {
-    Floats out(static_cast<size_t>(tokens) * hidden);
-    pool.run(tokens, 8, [&](size_t begin, size_t end) {
-        for (size_t t = begin; t < end; t++) kernels.rms_norm(x + t * hidden, norm, hidden, eps, &out[t * hidden]);
-    });
-    return out;
 }
 
 }  // namespace

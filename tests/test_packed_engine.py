@@ -155,7 +155,8 @@ def test_latent_attention_has_windows_too(prompt: int) -> None:
     ids_BS = torch.randint(0, 97, (2, 20))
     got = stepwise(PackedRunner(packed_of(model, "bf16", "bf16"), 2, 20), ids_BS, prompt)
     # Folded queries and what they see are bf16 too. One more or less in the window is off by over 1.
-    assert errors(got, model(ids_BS)[:, prompt - 1 :]).max() < 0.05
+    off = errors(got, model(ids_BS)[:, prompt - 1 :])
+    assert off.max() < 0.05 and off.median() < 0.02
 
 
 def damaged() -> PackedModel:

@@ -171,10 +171,10 @@ def _attention_rows(config: ModelConfig) -> int:
 
 def _latent_rows(config: ModelConfig) -> int:
     """Of a token (csrc/latent.cpp): queries as they are and folded, what they see and its values, compressed
-    queries, its key, and rounded inputs of products."""
+    queries and their norm, its key, and rounded inputs of products."""
     _, wide, _ = cache_shape(config)
     values = config.num_attention_heads * config.v_head_dim
-    floats = config.qk_width + 2 * config.num_attention_heads * wide + values + config.q_lora_rank + wide
+    floats = config.qk_width + 2 * config.num_attention_heads * wide + values + 2 * config.q_lora_rank + wide
     return 4 * floats + 2 * (config.hidden_size + config.q_lora_rank + values)
 
 
